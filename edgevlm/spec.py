@@ -1,0 +1,166 @@
+"""What a model *is*, resolved: the frozen description that a converter writes and the runtime obeys.
+
+A family file (`edgevlm/families/`) declares where these numbers come from; the converter resolves it against a
+checkpoint and stores the result in `bundle.json`; the runtime reads it back into the same dataclasses. Nothing in
+here knows about files, tensors of a checkpoint, or native libraries.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from edgevlm.errors import BundleError
+
+#: How a picture of any size becomes `height_px` x `width_px`:
+#: `stretch` resizes without regard to the aspect ratio (SigLIP);
+#: `shortest_crop` resizes the shorter side to `shortest_px`, then cuts the centre (CLIP, llava-hf);
+#: `pad_square` pads to a square with `pad_rgb`, then as `shortest_crop` (the original LLaVA 1.5).
+ImagePolicy = Literal["stretch", "shortest_crop", "pad_square"]
+Resample = Literal["box", "bilinear", "hamming", "bicubic", "lanczos"]
+Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSpec:
+    """How pixels become the encoder's input, in the reference processor's own order of operations.
+
+    The value fed is `(x * rescale - mean[c]) / std[c]` in float32 for a uint8 `x`.
+    """
+
+    policy: ImagePolicy
+    height_px: int
+    width_px: int
+    shortest_px: int | None = None
+    resample: Resample
+    rescale: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    pad_rgb: tuple[int, int, int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSpec:
+    """Vision tower and connector, as one graph from `pixels_TCHW` (float32) to `embeds_TND` (float32).
+
+    `n_tokens` embeddings of width `n_embd` come out for each tile; `layers` counts the blocks that really run.
+    """
+
+    tower: Literal["siglip", "clip"]
+    connector: Literal["linear", "mlp"]
+    layers: int
+    hidden: int
+    heads: int
+    intermediate: int
+    patch_px: int
+    layer_norm_eps: float
+    activation: Activation
+    post_norm: bool
+    connector_activation: Activation
+    n_tokens: int
+    n_embd: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderSpec:
+    """The language model's sizes, as far as anything outside the GGUF file needs them."""
+
+    arch: Literal["llama"]
+    layers: int
+    n_embd: int
+    vocab: int
+    context_length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSpec:
+    """Literals of the prompt. The chat template itself travels in the GGUF file.
+
+    `image_token` is what the template prints where a picture goes; all of a picture's embeddings replace it.
+    """
+
+    image_token: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """One resolved vision-language model."""
+
+    name: str
+    family: str
+    image: ImageSpec
+    encoder: EncoderSpec
+    decoder: DecoderSpec
+    prompt: PromptSpec
+
+
+def to_json(spec: Any) -> dict[str, Any]:
+    """A spec as plain JSON types, keys in declaration order."""
+    return dataclasses.asdict(spec)
+
+
+T = TypeVar("T")
+
+
+def from_json(cls: type[T], data: Any, where: str = "spec") -> T:
+    """Read a frozen dataclass back from JSON, strictly.
+
+    Unknown keys, missing keys and values of another type are errors: a bundle must keep meaning what it meant.
+
+    Args:
+        cls: The dataclass to build, for example `ModelSpec`.
+        data: What `json.load` returned.
+        where: Path of `data` inside the document, for the message.
+
+    Raises:
+        BundleError: `bundle.invalid`, naming the place.
+    """
+    if not isinstance(data, dict):
+        raise _invalid(where, f"an object is needed, found {type(data).__name__}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(data) - set(fields))
+    if unknown:
+        raise _invalid(where, f"unknown field {', '.join(unknown)}")
+    missing = sorted(
+        n for n, f in fields.items() if n not in data and f.default is dataclasses.MISSING
+    )
+    if missing:
+        raise _invalid(where, f"missing field {', '.join(missing)}")
+    return cls(**{name: _value(hints[name], value, f"{where}.{name}") for name, value in data.items()})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    """Check one value against its annotation; the few shapes used by the specs are enough."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return from_json(hint, value, where)  # type: ignore[arg-type]
+    if origin is Literal:
+        if value in args and isinstance(value, str):
+            return value
+        raise _invalid(where, f"{value!r} is not one of {', '.join(map(str, args))}")
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _value(next(a for a in args if a is not type(None)), value, where)
+    if origin is tuple:
+        if not isinstance(value, list) or (args[-1] is not Ellipsis and len(value) != len(args)):
+            raise _invalid(where, f"a list of {len(args)} is needed, found {value!r}")
+        return tuple(_value(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise _invalid(where, f"an object is needed, found {type(value).__name__}")
+        return {key: _value(args[1], item, f"{where}.{key}") for key, item in value.items()}
+    if hint is Any:
+        return value
+    if hint is float and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    if type(value) is hint:
+        return value
+    raise _invalid(where, f"{getattr(hint, '__name__', hint)} is needed, found {value!r}")
+
+
+def _invalid(where: str, what: str) -> BundleError:
+    return BundleError(f"bundle.json: {where}: {what}; convert the checkpoint again", code="bundle.invalid")
