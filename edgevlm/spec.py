@@ -147,7 +147,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return None if value is None else _value(next(a for a in args if a is not type(None)), value, where)
     if origin is tuple:
         if not isinstance(value, list) or (args[-1] is not Ellipsis and len(value) != len(args)):
-            raise _invalid(where, f"a list of {len(args)} is needed, found {value!r}")
+            raise _invalid(where, f"a list is needed, found {value!r:.80}")
         return tuple(_value(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is dict:
         if not isinstance(value, dict):

@@ -1,0 +1,86 @@
+"""Pixels to embeddings: the vision tower and connector as one ONNX graph. The only import of `onnxruntime`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgevlm.errors import BackendError, DependencyError
+from edgevlm.spec import EncoderSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+INPUT_NAME = "pixels_TCHW"
+OUTPUT_NAME = "embeds_TND"
+
+
+class Encoder:
+    """A loaded encoder graph.
+
+    Args:
+        path: The ONNX file; its weights lie beside it.
+        spec: Sizes that the output must have.
+        threads: Threads of the intra-op pool; None takes every CPU that this process may use.
+
+    Raises:
+        DependencyError: onnxruntime is missing.
+        BackendError: the graph cannot be loaded.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], spec: EncoderSpec, *, threads: int | None = None) -> None:
+        self.spec = spec
+        self._session = _open_session(Path(path), threads or len(os.sched_getaffinity(0)))
+
+    def encode(self, tiles_TCHW: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Encode tiles.
+
+        Args:
+            tiles_TCHW: float32 [T, 3, height_px, width_px], normalised.
+
+        Returns:
+            `embeds_TND`, float32 [T, n_tokens, n_embd]: what the decoder is fed.
+
+        Raises:
+            BackendError: the graph failed or gave another shape or non-finite numbers.
+        """
+        import numpy as np
+
+        try:
+            (embeds_TND,) = self._session.run([OUTPUT_NAME], {INPUT_NAME: tiles_TCHW})
+        except Exception as error:  # onnxruntime raises its own pybind classes, without a common base
+            raise BackendError(f"the encoder failed on {tiles_TCHW.shape}: {error}", code="backend.failed") from error
+        expected = (len(tiles_TCHW), self.spec.n_tokens, self.spec.n_embd)
+        if embeds_TND.shape != expected or embeds_TND.dtype != np.float32:
+            raise BackendError(
+                f"the encoder gave {embeds_TND.dtype} {embeds_TND.shape}, the bundle promises float32 {expected}; "
+                "convert the checkpoint again",
+                code="backend.failed",
+            )
+        # llama.cpp does not check rows: a NaN would spread through the whole context unnoticed.
+        if not np.isfinite(embeds_TND).all():
+            raise BackendError("the encoder gave numbers that are not finite", code="backend.failed")
+        return embeds_TND  # type: ignore[no-any-return]
+
+
+def _open_session(path: Path, threads: int) -> Any:
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise DependencyError(
+            f"onnxruntime cannot be loaded ({error}); install it with `pip install onnxruntime`",
+            code="dependency.missing",
+        ) from error
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1  # a vision tower is a chain
+    options.log_severity_level = 4  # fatal only: failures become exceptions, which we translate
+    # Idle threads that spin would take the cores from the decoder, which runs next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # as above: no common base class
+        raise BackendError(f"onnxruntime cannot load {path}: {error}", code="backend.load") from error

@@ -1,0 +1,75 @@
+"""llama.cpp's C functions, ready to call: the only import of `llama_cpp`.
+
+The Python binding's structs follow llama.cpp's memory layout by hand, so the version is pinned and checked before the
+first call. llama.cpp's log never reaches the terminal; its latest warnings and errors are kept to explain failures.
+"""
+
+from __future__ import annotations
+
+import collections
+import ctypes
+import functools
+import os
+from types import ModuleType
+from typing import Any
+
+from edgevlm.errors import DependencyError
+
+#: The binding whose struct layouts this code was checked against.
+LLAMA_CPP_PYTHON = "0.3.36"
+
+_LEVEL_WARN = 2  # enum ggml_log_level
+_LEVEL_CONTINUE = 5
+_log: collections.deque[str] = collections.deque(maxlen=50)
+
+
+@functools.cache
+def library() -> ModuleType:
+    """The module `llama_cpp.llama_cpp`, version-checked, with the backend initialised and the log captured.
+
+    Raises:
+        DependencyError: llama-cpp-python is missing, broken, or of another version.
+    """
+    # A failed assertion in ggml would fork and look for a debugger before it aborts; on a small board that is slow,
+    # and the child maps the weights a second time. It is read by the native library only, at abort time.
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")
+    try:
+        import llama_cpp
+        from llama_cpp import llama_cpp as native
+    except (ImportError, OSError, RuntimeError) as error:
+        raise DependencyError(
+            f"llama-cpp-python cannot be loaded ({error}); "
+            f"install it with `pip install llama-cpp-python=={LLAMA_CPP_PYTHON}`",
+            code="dependency.missing",
+        ) from error
+    if llama_cpp.__version__ != LLAMA_CPP_PYTHON:
+        raise DependencyError(
+            f"llama-cpp-python {LLAMA_CPP_PYTHON} is needed, found {llama_cpp.__version__}; "
+            f"install it with `pip install llama-cpp-python=={LLAMA_CPP_PYTHON}`",
+            code="dependency.version",
+        )
+    native.llama_log_set(_log_callback(native), None)
+    native.llama_backend_init()
+    return native
+
+
+@functools.cache
+def _log_callback(native: ModuleType) -> Any:
+    """The C callback; cached because llama.cpp keeps the pointer for the life of the process."""
+    previous = 0
+
+    @native.llama_log_callback  # type: ignore[untyped-decorator]
+    def keep(level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
+        nonlocal previous
+        level = previous if level == _LEVEL_CONTINUE else level
+        previous = level
+        line = text.decode("utf-8", "replace").strip()
+        if level >= _LEVEL_WARN and level < _LEVEL_CONTINUE - 1 and line:
+            _log.append(line)
+
+    return keep
+
+
+def last_log(lines: int = 3) -> str:
+    """The latest warnings and errors that llama.cpp logged, newest last, joined by "; "."""
+    return "; ".join(list(_log)[-lines:])
