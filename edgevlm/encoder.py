@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgevlm.errors import BackendError, DependencyError
+from edgevlm.machine import usable_cpus
 from edgevlm.spec import EncoderSpec
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Encoder:
 
     def __init__(self, path: str | os.PathLike[str], spec: EncoderSpec, *, threads: int | None = None) -> None:
         self.spec = spec
-        self._session = _open_session(Path(path), threads or len(os.sched_getaffinity(0)))
+        self._session = _open_session(Path(path), threads or usable_cpus())
 
     def encode(self, tiles_TCHW: NDArray[np.float32]) -> NDArray[np.float32]:
         """Encode tiles.

@@ -1,0 +1,241 @@
+"""Read and check a GGUF header before llama.cpp sees the file.
+
+llama.cpp answers many malformed files with abort(), which would take the whole process along. This reader walks the
+header with limits on every length (format: ggml's `docs/gguf.md`), checks that all tensor data lies inside the file, and
+checks the values that llama.cpp asserts on for the `llama` architecture. It never maps the file and never reads weights.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from edgevlm.errors import FileError, GGUFError
+
+_HEADER_LIMIT_BYTES = 256 << 20
+_STRING_LIMIT_BYTES = 16 << 20
+_KV_LIMIT = 4096
+_TENSOR_LIMIT = 65536
+_ARRAY_LIMIT = 64 << 20
+_KEY = re.compile(r"[A-Za-z0-9_.\-]{1,256}")
+
+# enum gguf_type -> struct format of a scalar; 8 is a string, 9 an array
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+
+# enum ggml_type -> (elements per block, bytes per block), for the types that llama.cpp can multiply with
+_TENSOR_TYPES = {
+    0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 10: (256, 84),
+    11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 16: (256, 66), 17: (256, 74), 18: (256, 98),
+    19: (256, 50), 20: (32, 18), 21: (256, 110), 22: (256, 82), 23: (256, 136), 29: (256, 56), 30: (1, 2),
+    34: (256, 54), 35: (256, 66), 39: (32, 17),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """One tensor of the file. `shape` is in numpy order (GGUF stores it reversed), `offset` in bytes from the data."""
+
+    name: str
+    shape: tuple[int, ...]
+    type_id: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GGUFHeader:
+    """The checked header: metadata by key, tensors in file order, and where the data section begins."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: tuple[TensorInfo, ...]
+    data_offset: int
+
+    @property
+    def chat_template(self) -> str | None:
+        return self.metadata.get("tokenizer.chat_template")
+
+    @property
+    def context_length(self) -> int:
+        return int(self.metadata["llama.context_length"])
+
+    @property
+    def control_tokens(self) -> tuple[str, ...]:
+        """Texts of the tokens that steer the model (type 3, control): user text must never become one of them."""
+        types = self.metadata.get("tokenizer.ggml.token_type", ())
+        return tuple(
+            token for token, kind in zip(self.metadata["tokenizer.ggml.tokens"], types, strict=False) if kind == 3
+        )
+
+    def token(self, role: str) -> str:
+        """Text of the token with a role, such as `bos` or `eos`; empty if the file names none."""
+        index = self.metadata.get(f"tokenizer.ggml.{role}_token_id")
+        return "" if index is None else self.metadata["tokenizer.ggml.tokens"][index]
+
+
+def read_header(path: str | os.PathLike[str]) -> GGUFHeader:
+    """Read and check the header of a text model of the `llama` architecture.
+
+    Raises:
+        FileError: there is no such regular file, or it cannot be read.
+        GGUFError: `gguf.invalid`, `gguf.truncated` or `gguf.unsupported`, naming the place.
+    """
+    path = Path(path)
+    try:
+        # O_NONBLOCK: a FIFO must not make us wait for a writer
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise FileError(f"{path} does not exist", code="file.not_found") from None
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error.strerror}", code="file.unreadable") from error
+    try:
+        cursor = _Cursor(path, fd)
+        header = _parse(cursor)
+        _check_llama(path, header)
+        return header
+    except struct.error as error:
+        raise GGUFError(f"{path} is not a usable GGUF file: {error}", code="gguf.invalid") from error
+    finally:
+        os.close(fd)
+
+
+class _Cursor:
+    """Sequential reads from a file descriptor, never past the end of the file or the header limit."""
+
+    def __init__(self, path: Path, fd: int) -> None:
+        import stat
+
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise FileError(f"{path} is not a regular file", code="file.not_regular")
+        self.path, self.size, self.position = path, status.st_size, 0
+        self._fd, self._buffer = fd, bytearray()
+
+    def fail(self, what: str, code: str = "gguf.invalid") -> NoReturn:
+        raise GGUFError(f"{self.path} is not a usable GGUF file: {what}", code=code)
+
+    def take(self, nbytes: int) -> int:
+        """Make the next bytes available in the buffer; returns where they begin."""
+        start, end = self.position, self.position + nbytes
+        if end > self.size:
+            self.fail("it ends inside its header; copy it again", "gguf.truncated")
+        if end > _HEADER_LIMIT_BYTES:
+            self.fail(f"its header is larger than {_HEADER_LIMIT_BYTES >> 20} MiB")
+        while len(self._buffer) < end:
+            chunk = os.pread(self._fd, max(1 << 20, end - len(self._buffer)), len(self._buffer))
+            if not chunk:
+                self.fail("it ends inside its header; copy it again", "gguf.truncated")
+            self._buffer += chunk
+        self.position = end
+        return start
+
+    def raw(self, nbytes: int) -> bytes:
+        start = self.take(nbytes)
+        return bytes(self._buffer[start : start + nbytes])
+
+    def scalar(self, form: str) -> Any:
+        start = self.take(struct.calcsize("<" + form))
+        return struct.unpack_from("<" + form, self._buffer, start)[0]
+
+    def array(self, form: str, count: int) -> tuple[Any, ...]:
+        start = self.take(struct.calcsize("<" + form) * count)
+        return struct.unpack_from(f"<{count}{form}", self._buffer, start)
+
+    def string(self) -> str:
+        length = self.scalar("Q")
+        if length > _STRING_LIMIT_BYTES:
+            self.fail(f"a string of {length} bytes is longer than {_STRING_LIMIT_BYTES >> 20} MiB")
+        # Token texts need not be valid UTF-8 (SentencePiece byte pieces); surrogateescape keeps them distinct.
+        return self.raw(length).decode("utf-8", "surrogateescape")
+
+
+def _parse(cursor: _Cursor) -> GGUFHeader:
+    if cursor.size < 24 or cursor.raw(4) != b"GGUF":
+        cursor.fail("it does not begin with `GGUF`")
+    version = cursor.scalar("I")
+    if version not in (2, 3):
+        cursor.fail(f"version {version}; versions 2 and 3 (little-endian) are supported", "gguf.unsupported")
+    n_tensors, n_kv = cursor.scalar("Q"), cursor.scalar("Q")
+    if n_kv > _KV_LIMIT or n_tensors > _TENSOR_LIMIT:
+        cursor.fail(f"{n_kv} keys and {n_tensors} tensors are more than {_KV_LIMIT} and {_TENSOR_LIMIT}")
+    metadata: dict[str, Any] = {}
+    for _ in range(n_kv):
+        key = cursor.string()
+        if not _KEY.fullmatch(key) or key in metadata:
+            cursor.fail(f"key {key[:80]!r} is malformed or appears twice")
+        metadata[key] = _value(cursor, key, cursor.scalar("I"))
+    tensors = [_tensor(cursor) for _ in range(n_tensors)]
+    alignment = metadata.get("general.alignment", 32)
+    if type(alignment) is not int or not 8 <= alignment <= 4096 or alignment & (alignment - 1):
+        cursor.fail(f"general.alignment is {alignment!r}, not a power of two between 8 and 4096")
+    data_offset = -(-cursor.position // alignment) * alignment
+    _check_layout(cursor, tensors, data_offset, alignment)
+    return GGUFHeader(path=cursor.path, metadata=metadata, tensors=tuple(tensors), data_offset=data_offset)
+
+
+def _value(cursor: _Cursor, key: str, kind: int) -> Any:
+    if kind in _SCALARS:
+        return cursor.scalar(_SCALARS[kind])
+    if kind == _STRING:
+        return cursor.string()
+    if kind != _ARRAY:
+        cursor.fail(f"{key} has the unknown type {kind}")
+    item, count = cursor.scalar("I"), cursor.scalar("Q")
+    if count > _ARRAY_LIMIT:
+        cursor.fail(f"{key} has {count} elements")
+    if item in _SCALARS:
+        return cursor.array(_SCALARS[item], count)
+    if item != _STRING:
+        cursor.fail(f"{key} is an array of type {item}; only numbers and strings are allowed")
+    return [cursor.string() for _ in range(count)]
+
+
+def _tensor(cursor: _Cursor) -> TensorInfo:
+    name = cursor.string()
+    n_dims = cursor.scalar("I")
+    if not 1 <= len(name) <= 63 or "\0" in name or not 1 <= n_dims <= 4:
+        cursor.fail(f"tensor {name[:80]!r} has a malformed name or {n_dims} dimensions")
+    dims = cursor.array("Q", n_dims)
+    type_id, offset = cursor.scalar("I"), cursor.scalar("Q")
+    if type_id not in _TENSOR_TYPES:
+        cursor.fail(f"tensor {name} has the unknown type {type_id}", "gguf.unsupported")
+    block, block_bytes = _TENSOR_TYPES[type_id]
+    if any(not 1 <= dim <= 1 << 40 for dim in dims) or dims[0] % block:
+        cursor.fail(f"tensor {name} of shape {dims[::-1]} does not consist of whole blocks of {block}")
+    elements = 1
+    for dim in dims:
+        elements *= dim
+    return TensorInfo(
+        name=name, shape=dims[::-1], type_id=type_id, offset=offset, nbytes=elements // block * block_bytes
+    )
+
+
+def _check_layout(cursor: _Cursor, tensors: list[TensorInfo], data_offset: int, alignment: int) -> None:
+    """Tensor data is contiguous after padding and in order, as ggml writes it: no overlap, no gap, no hidden bytes."""
+    if len({tensor.name for tensor in tensors}) != len(tensors):
+        cursor.fail("a tensor name appears twice")
+    end = 0
+    for tensor in tensors:
+        if tensor.offset != end:
+            cursor.fail(f"tensor {tensor.name} begins at {tensor.offset} instead of {end}")
+        end = -(-(tensor.offset + tensor.nbytes) // alignment) * alignment
+    needed = data_offset + (tensors[-1].offset + tensors[-1].nbytes if tensors else 0)
+    if cursor.size < needed:
+        cursor.fail(f"it has {cursor.size} bytes, its header needs {needed}; copy it again", "gguf.truncated")
+    if cursor.size > data_offset + end:
+        cursor.fail(f"{cursor.size - data_offset - end} bytes follow the last tensor")
+
+
+def _check_llama(path: Path, header: GGUFHeader) -> None:
+    """The values on which llama.cpp asserts or divides, for architecture `llama`."""
+    from edgevlm.gguf_llama import check
+
+    problem = check(header.metadata)
+    if problem:
+        code = "gguf.unsupported" if problem.unsupported else "gguf.invalid"
+        raise GGUFError(f"{path} cannot be run: {problem.text}", code=code)
