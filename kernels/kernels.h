@@ -1,0 +1,101 @@
+/* The image kernels of edgevlm: what each function promises, and the table through which a SIMD target replaces it.
+ *
+ * The layers, from the outside in:
+ *   module.c    CPython binding: argument checks, GIL. No arithmetic.
+ *   dispatch.c  which targets exist, which of them this CPU runs, which one was asked for.
+ *   resize.c    drives the two passes of a resize and owns the intermediate rows.
+ *   coeffs.c    the weights of a resize in fixed point. Shared by all targets, so they agree by construction.
+ *   scalar.c    the definition of every kernel. Any other target must equal it bit for bit.
+ *
+ * Rows hold interleaved uint8 samples (HWC); `channels` is 1, 3 or 4 and all channels are treated alike.
+ */
+#ifndef EDGEVLM_KERNELS_H
+#define EDGEVLM_KERNELS_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/* Weights are integers in units of 2^-22. Of 32 bits, 8 hold the sample, and 2 are left for the sign and for filters
+ * that overshoot: (sum of |w|) * 255 < 2^31 as long as the |w| add up to less than 2, and the worst filter here
+ * (Lanczos cut at a border) stays below 1.6. Pillow calls this PRECISION_BITS. */
+enum { RESIZE_WEIGHT_BITS = 32 - 8 - 2 };
+
+/* Sides are limited to integers that float32 holds exactly, because boxes are float32, as in Pillow. */
+enum { RESIZE_MAX_SIDE = 1 << 24 };
+
+enum resize_filter { FILTER_BOX, FILTER_BILINEAR, FILTER_HAMMING, FILTER_BICUBIC, FILTER_LANCZOS, FILTER_COUNT };
+
+/* How one axis is resampled: output i of `n_out` is the sum over t < count[i] of
+ *     weights[i * n_taps + t] * input[first[i] + t].
+ * `first` and `first + count` never decrease, 0 <= first[i], first[i] + count[i] <= n_in, count[i] <= n_taps.
+ * Weights past count[i] are 0 and need not be read. */
+struct resize_axis {
+    int32_t n_in;
+    int32_t n_total; /* outputs of the whole axis, of which a window of n_out is computed */
+    int32_t n_out;
+    int32_t n_taps;
+    bool identity; /* output i is input first[i], unchanged; there are no weights */
+    int32_t *first;
+    int32_t *count;
+    int32_t *weights;
+};
+
+/* One CPU target. A NULL function means: keep the slower target's version. */
+struct kernel_ops {
+    const char *name; /* "scalar", ...: also the value that EDGEVLM_KERNELS accepts */
+    uint32_t needs;   /* enum cpu_feature bits; all must be offered by the CPU and saved by the OS */
+
+    /* Resample `n_rows` rows along x: dst_rows[r] gets axis->n_out pixels from the axis->n_in pixels of src_rows[r].
+     * Each sample is clip8((2^21 + sum(w * sample)) >> 22), the sum taken modulo 2^32.
+     * May read only the pixels of the rows, may write only n_out * channels bytes per row; no row overlaps another. */
+    void (*resize_horizontal)(const uint8_t *const *src_rows, uint8_t *const *dst_rows, size_t n_rows, int channels,
+                              const struct resize_axis *axis);
+
+    /* One output row: the same sum down `n_taps` rows, for each of `n_bytes` byte columns; n_taps may be 0. */
+    void (*resize_vertical)(const uint8_t *const *src_rows, const int32_t *weights, size_t n_taps, uint8_t *dst_row,
+                            size_t n_bytes);
+
+    /* dst[c * plane + i] = lut_C256[c * 256 + src[3 * i + c]] for `n_pixels` RGB pixels.
+     * A table and not a multiply-add: it reproduces any reference's order of operations, on every target. */
+    void (*normalize)(const uint8_t *src, float *dst, size_t plane, size_t n_pixels, const float *lut_C256);
+};
+
+extern const struct kernel_ops kernels_scalar;
+
+/* ---- dispatch.c ---- */
+
+/* One bit for each *level* of instructions that some target needs, not for each CPUID bit. The scalar target needs
+ * none; the first SIMD target adds its level here and its detection to kernels_cpu_features(). */
+enum cpu_feature { CPU_BASELINE = 0 };
+
+enum select_status { SELECT_OK, SELECT_UNKNOWN, SELECT_UNSUPPORTED };
+
+/* Levels that this CPU offers and this OS saves. */
+uint32_t kernels_cpu_features(void);
+
+/* Targets built into this library, slowest first; NULL at the end. */
+const struct kernel_ops *const *kernels_targets(void);
+
+/* Build the table for target `name` on a CPU with `features`: scalar, overlaid by each later target up to `name` whose
+ * needs are met. NULL means the value of EDGEVLM_KERNELS or, without it, the fastest target that runs. On failure
+ * `message` (of `size` bytes) says what was asked, what exists and what to do. */
+enum select_status kernels_select(const char *name, uint32_t features, struct kernel_ops *ops, char *message,
+                                  size_t size);
+
+/* ---- coeffs.c ---- */
+
+/* Weights for the outputs [origin, origin + n_window) of an axis that maps the inputs [in0, in1) to `n_out` outputs.
+ * Needs 0 <= in0 <= in1 <= n_in. False if memory ran out; on true, free with resize_axis_free(). */
+bool resize_axis_init(struct resize_axis *axis, enum resize_filter filter, int32_t n_in, float in0, float in1,
+                      int32_t n_out, int32_t origin, int32_t n_window);
+void resize_axis_free(struct resize_axis *axis);
+
+/* ---- resize.c ---- */
+
+/* Resample `src` (n_in rows, `src_stride` bytes apart) through both axes into `dst` (packed rows), with a uint8
+ * intermediate and in Pillow's order of passes. False if memory ran out. Touches no Python state. */
+bool kernels_resize(const struct kernel_ops *ops, const uint8_t *src, size_t src_stride, uint8_t *dst, int channels,
+                    const struct resize_axis *x_axis, const struct resize_axis *y_axis);
+
+#endif

@@ -1,0 +1,77 @@
+/* The definition of every kernel. Written to be read: other targets are compared with this file. */
+#include "kernels.h"
+
+/* Half a unit, so that the final shift rounds. */
+static const int32_t rounding = 1 << (RESIZE_WEIGHT_BITS - 1);
+
+static uint8_t clip8(int32_t sum) {
+    int32_t value = sum >> RESIZE_WEIGHT_BITS; /* arithmetic shift: towards minus infinity */
+    return (uint8_t)(value < 0 ? 0 : value > 255 ? 255 : value);
+}
+
+/* One row; the compiler makes one copy for each constant `channels`, with the inner loop unrolled. */
+static inline void horizontal_row(const uint8_t *src, uint8_t *dst, size_t channels, const struct resize_axis *axis) {
+    for (int32_t i = 0; i < axis->n_out; i++) {
+        const uint8_t *pixel = src + (size_t)axis->first[i] * channels;
+        const int32_t *weights = axis->weights + (size_t)i * (size_t)axis->n_taps;
+        int32_t sums[4] = {rounding, rounding, rounding, rounding};
+        for (int32_t t = 0; t < axis->count[i]; t++) {
+            for (size_t c = 0; c < channels; c++) {
+                sums[c] += weights[t] * pixel[c];
+            }
+            pixel += channels;
+        }
+        for (size_t c = 0; c < channels; c++) {
+            *dst++ = clip8(sums[c]);
+        }
+    }
+}
+
+static void resize_horizontal(const uint8_t *const *src_rows, uint8_t *const *dst_rows, size_t n_rows, int channels,
+                              const struct resize_axis *axis) {
+    for (size_t r = 0; r < n_rows; r++) {
+        switch (channels) {
+        case 1: horizontal_row(src_rows[r], dst_rows[r], 1, axis); break;
+        case 3: horizontal_row(src_rows[r], dst_rows[r], 3, axis); break;
+        default: horizontal_row(src_rows[r], dst_rows[r], 4, axis); break;
+        }
+    }
+}
+
+static void resize_vertical(const uint8_t *const *src_rows, const int32_t *weights, size_t n_taps, uint8_t *dst_row,
+                            size_t n_bytes) {
+    /* In blocks whose sums stay in the nearest cache, row by row inside a block: the inner loop runs along memory. */
+    enum { BLOCK = 256 };
+    int32_t sums[BLOCK];
+    for (size_t start = 0; start < n_bytes; start += BLOCK) {
+        size_t n = n_bytes - start < BLOCK ? n_bytes - start : BLOCK;
+        for (size_t i = 0; i < n; i++) {
+            sums[i] = rounding;
+        }
+        for (size_t t = 0; t < n_taps; t++) {
+            const uint8_t *row = src_rows[t] + start;
+            for (size_t i = 0; i < n; i++) {
+                sums[i] += weights[t] * row[i];
+            }
+        }
+        for (size_t i = 0; i < n; i++) {
+            dst_row[start + i] = clip8(sums[i]);
+        }
+    }
+}
+
+static void normalize(const uint8_t *src, float *dst, size_t plane, size_t n_pixels, const float *lut_C256) {
+    for (size_t c = 0; c < 3; c++) {
+        for (size_t i = 0; i < n_pixels; i++) {
+            dst[c * plane + i] = lut_C256[c * 256 + src[3 * i + c]];
+        }
+    }
+}
+
+const struct kernel_ops kernels_scalar = {
+    .name = "scalar",
+    .needs = CPU_BASELINE,
+    .resize_horizontal = resize_horizontal,
+    .resize_vertical = resize_vertical,
+    .normalize = normalize,
+};
