@@ -1,0 +1,197 @@
+"""Trains the built-in model on the CPU, in two steps.
+
+    python -m panel.dataset --out DATA --shards 40
+    python -m panel.train --data DATA --run RUN --step tower --pictures 100000
+    python -m panel.train --data DATA --run RUN --step decoder --pictures 80000 --out panel/checkpoint
+
+A step goes on where it stopped, from `RUN/<step>.pt`; the decoder step starts from the finished tower step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+
+from panel.dataset import SHARD_LENGTH, Shards
+from panel.decoder_step import Packer, answer_loss
+from panel.model import IMAGE_TOKENS, build_model, image_features_BTC, pixels_BCHW, save_checkpoint
+from panel.tokens import build_tokenizer
+from panel.tower_step import Heads, augment, heads_accuracy, heads_loss, labels_of
+
+BATCH = 64
+WARM_UP = 6400  # pictures
+LEARNING_RATES = {
+    "tower": {"tower": 1e-3, "heads": 1e-3},
+    # The tower keeps learning from its heads, slowly enough for the decoder to follow.
+    "decoder": {"tower": 1e-4, "heads": 1e-4, "decoder": 1e-3},
+}
+HEADS_WEIGHT = 0.3  # of the heads' loss in the decoder step
+LOG_EVERY = 20  # batches
+SAVE_EVERY = 100
+
+
+@dataclass
+class Run:
+    """All that a step trains and resumes."""
+
+    step: str
+    tokenizer: PreTrainedTokenizerFast
+    model: LlavaForConditionalGeneration
+    heads: Heads
+    optimizer: torch.optim.Optimizer
+    seen: int = 0  # pictures trained on in this step
+    seconds: float = 0.0  # spent in this step
+
+    def save(self, path: Path) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "heads": self.heads.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "seen": self.seen,
+            "seconds": self.seconds,
+        }
+        partial = path.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.replace(path)
+
+
+def _optimizer(step: str, model: LlavaForConditionalGeneration, heads: Heads) -> torch.optim.Optimizer:
+    """AdamW with a learning rate per part; weight decay on matrices only."""
+    inner = model.model
+    parts = {
+        "tower": inner.vision_tower.parameters(),
+        "heads": heads.parameters(),
+        "decoder": [*inner.multi_modal_projector.parameters(), *inner.language_model.parameters()],
+    }
+    groups = []
+    for name, rate in LEARNING_RATES[step].items():
+        parameters = list(parts[name])
+        for decay, chosen in ((0.05, [p for p in parameters if p.ndim > 1]), (0.0, [p for p in parameters if p.ndim < 2])):
+            groups.append({"params": chosen, "weight_decay": decay, "peak": rate})
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
+
+
+def open_run(folder: Path, step: str) -> Run:
+    """Resume a step, or start it from the step before."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer)
+    heads = Heads(IMAGE_TOKENS, model.config.vision_config.hidden_size)
+    run = Run(step, tokenizer, model, heads, _optimizer(step, model, heads))
+    own, tower = folder / f"{step}.pt", folder / "tower.pt"
+    if step == "decoder" and not own.exists() and not tower.exists():
+        raise FileNotFoundError(f"the decoder step starts from {tower}, which is missing: run the tower step first")
+    if own.exists() or step == "decoder":
+        state = torch.load(own if own.exists() else tower)
+        model.load_state_dict(state["model"])
+        heads.load_state_dict(state["heads"])
+        if own.exists():
+            run.optimizer.load_state_dict(state["optimizer"])
+            run.seen, run.seconds = state["seen"], state["seconds"]
+    return run
+
+
+def learning_rate_factor(seen: int, total: int) -> float:
+    """Linear warm-up, then a cosine down to zero at `total` pictures."""
+    if seen < WARM_UP:
+        return (seen + BATCH) / (WARM_UP + BATCH)
+    progress = min(1.0, (seen - WARM_UP) / max(1, total - WARM_UP))
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def draw_batch(shards: Shards, seen: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices and uint8 pictures of the batch after `seen` pictures; the first shard is held out."""
+    rng = np.random.default_rng(seen)
+    indices = rng.integers(SHARD_LENGTH, len(shards), BATCH)
+    return indices, shards.images(indices)
+
+
+def train_batch(run: Run, packer: Packer, shards: Shards, total: int) -> dict[str, float]:
+    """One optimizer step; returns the losses."""
+    indices, images_BCHW = draw_batch(shards, run.seen)
+    truths = [shards.truths[i] for i in indices]
+    rng = random.Random(run.seen)
+    factor = learning_rate_factor(run.seen, total)
+    pixels = augment(pixels_BCHW(torch.from_numpy(images_BCHW)), rng, strength=min(1.0, 2 * factor))
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+
+    features_BTC = image_features_BTC(run.model, pixels)
+    labels = labels_of(truths)
+    seeing = sum(heads_loss(logits_BO, labels) for logits_BO in run.heads(features_BTC))
+    losses = {"heads": seeing}
+    loss = seeing
+    if run.step == "decoder":
+        losses["answers"] = answer_loss(run.model, features_BTC, packer.pack(truths, rng))
+        loss = losses["answers"] + HEADS_WEIGHT * seeing
+    run.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_([p for group in run.optimizer.param_groups for p in group["params"]], 1.0)
+    run.optimizer.step()
+    run.seen += BATCH
+    return {name: value.item() for name, value in losses.items()}
+
+
+@torch.no_grad()
+def held_out(run: Run, packer: Packer, shards: Shards, count: int = 256) -> dict[str, object]:
+    """Accuracy of both heads, and in step 2 the loss of the answers, on pictures of the first shard."""
+    truths = shards.truths[:count]
+    pixels = pixels_BCHW(torch.from_numpy(shards.images(np.arange(count))))
+    features_BTC = image_features_BTC(run.model, pixels)
+    labels = labels_of(truths)
+    names = ("all_tokens", "mean_token")
+    report: dict[str, object] = {
+        name: heads_accuracy(logits_BO, labels) for name, logits_BO in zip(names, run.heads(features_BTC))
+    }
+    if run.step == "decoder":
+        report["answers"] = round(answer_loss(run.model, features_BTC, packer.pack(truths, random.Random(0))).item(), 4)
+    return report
+
+
+def train(run: Run, data: Path, path: Path, total: int) -> None:
+    """Train until `total` pictures were seen in this step; saves to `path` as it goes."""
+    packer = Packer(run.tokenizer)
+    shards = Shards(data)
+    average: dict[str, float] = {}
+    while run.seen < total:
+        started = time.monotonic()
+        losses = train_batch(run, packer, shards, total)
+        run.seconds += time.monotonic() - started
+        average = {name: 0.9 * average.get(name, value) + 0.1 * value for name, value in losses.items()}
+        batches = run.seen // BATCH
+        if batches % LOG_EVERY == 0:
+            shown = " ".join(f"{name} {value:.3f}" for name, value in average.items())
+            print(f"{run.step} {run.seen}/{total} {run.seen / run.seconds:.1f}/s {shown} data {len(shards)}", flush=True)
+        if batches % SAVE_EVERY == 0 or run.seen >= total:
+            run.save(path)
+            shards.refresh()
+        if batches % (2 * SAVE_EVERY) == 0 or run.seen >= total:
+            print(f"{run.step} {run.seen} {run.seconds / 60:.1f} min held out {held_out(run, packer, shards)}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the built-in model.")
+    parser.add_argument("--data", type=Path, required=True, help="folder of panel.dataset's shards")
+    parser.add_argument("--run", type=Path, required=True, help="folder of the resumable state")
+    parser.add_argument("--step", choices=tuple(LEARNING_RATES), required=True)
+    parser.add_argument("--pictures", type=int, required=True, help="pictures to see in this step")
+    parser.add_argument("--out", type=Path, help="write the model as a checkpoint there when the step is done")
+    args = parser.parse_args()
+    args.run.mkdir(parents=True, exist_ok=True)
+    run = open_run(args.run, args.step)
+    train(run, args.data, args.run / f"{args.step}.pt", args.pictures)
+    if args.out:
+        save_checkpoint(run.model, run.tokenizer, args.out)
+
+
+if __name__ == "__main__":
+    main()
