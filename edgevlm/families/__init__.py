@@ -1,0 +1,43 @@
+"""The model families that can be converted: one module each, found by the architecture name in config.json."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from edgevlm.errors import CheckpointError
+from edgevlm.families.schema import Family
+
+_NOT_FAMILIES = {"schema", "parts"}
+
+
+def module_names() -> tuple[str, ...]:
+    """Names of the family modules, sorted."""
+    return tuple(sorted(info.name for info in pkgutil.iter_modules(__path__) if info.name not in _NOT_FAMILIES))
+
+
+def families() -> tuple[Family, ...]:
+    """Every declared family, in the order of its module's name."""
+    return tuple(importlib.import_module(f"{__name__}.{name}").FAMILY for name in module_names())
+
+
+def find(architectures: list[str], known: tuple[Family, ...] | None = None) -> Family:
+    """The family that declares one of these Hugging Face architectures.
+
+    Args:
+        architectures: The list `architectures` of config.json.
+        known: The families to search; every declared one by default.
+
+    Raises:
+        CheckpointError: `checkpoint.unsupported`, listing what is supported.
+    """
+    known = families() if known is None else known
+    for family in known:
+        if any(name in family.hf_architectures for name in architectures):
+            return family
+    supported = sorted(name for family in known for name in family.hf_architectures)
+    raise CheckpointError(
+        f"config.json names the architecture {', '.join(architectures) or '(none)'}; "
+        f"supported are {', '.join(supported)}",
+        code="checkpoint.unsupported",
+    )

@@ -1,0 +1,180 @@
+"""Checkpoint in, bundle out: the conversion, step by step. Needs neither torch nor transformers.
+
+checkpoint.py   the folder: JSON files, tensors (safetensors.py)
+resolve.py      family + JSON -> every number            mapping.py       every tensor -> its place
+tokenizer.py    tokenizer.json -> GGUF keys              gguf_decoder.py  the decoder's file (gguf_file.py, quant.py)
+onnx_vision.py  the encoder's graph (onnx_graph.py)      verify.py        what it cost (calibration.py)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from edgevlm.converters import gguf_decoder, quant, verify
+from edgevlm.converters.checkpoint import Checkpoint, finite, open_checkpoint, stat_all
+from edgevlm.converters.mapping import Mapped, Source, map_tensors
+from edgevlm.converters.onnx_vision import EncoderQuant, Weights, build_encoder
+from edgevlm.converters.provenance import general_keys, provenance
+from edgevlm.converters.quant import Recipe
+from edgevlm.converters.resolve import Resolved, resolve
+from edgevlm.converters.tokenizer import read_vocabulary, token_texts
+
+from edgevlm import families
+from edgevlm.bundle import FORMAT, MANIFEST_NAME, Manifest, file_entry, write_manifest
+from edgevlm.errors import CheckpointError, StorageError, UsageError
+from edgevlm.families.schema import Family
+from edgevlm.storage import commit_folder, require_free
+
+DECODER, ENCODER = "decoder.gguf", "encoder.onnx"
+DECODER_QUANTS = tuple(quant.RECIPES)
+ENCODER_QUANTS: tuple[EncoderQuant, ...] = ("int8", "fp32")
+
+Report = Callable[[str], None]
+
+
+def convert(
+    checkpoint: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    decoder_quant: str = "q4_k_m",
+    encoder_quant: str = "int8",
+    name: str | None = None,
+    source: str | None = None,
+    overwrite: bool = False,
+    report: Report | None = None,
+    known_families: tuple[Family, ...] | None = None,
+) -> Manifest:
+    """Convert a Hugging Face checkpoint folder into a bundle folder.
+
+    Either `out` appears complete or nothing does: the bundle is built beside it and renamed once.
+
+    Args:
+        checkpoint: The folder with config.json and model.safetensors.
+        out: The folder to make.
+        decoder_quant: One of `DECODER_QUANTS`.
+        encoder_quant: One of `ENCODER_QUANTS`.
+        name: What the model is called; the checkpoint folder's name by default.
+        source: Where the checkpoint comes from (a repository name), for the record; `name` by default.
+        overwrite: Whether an existing bundle at `out` gives way. Anything else there never does.
+        report: Called with one line as each step begins.
+        known_families: Families to choose from; every one of `edgevlm.families` by default.
+
+    Returns:
+        The manifest that was written.
+
+    Raises:
+        UsageError: an unknown type.
+        FileError: the checkpoint does not exist.
+        CheckpointError: the checkpoint cannot be converted.
+        StorageError: `out` exists, or the disk is full or refuses.
+        DependencyError: a package of the extra `convert` is missing.
+        BackendError: llama.cpp or ONNX Runtime failed.
+
+    Example::
+
+        edgevlm.convert("llava-1.5-7b-hf", "llava-1.5-7b", decoder_quant="iq4_nl")
+    """
+    tell = report or (lambda line: None)
+    wanted = quant.recipe(decoder_quant)
+    if encoder_quant not in ENCODER_QUANTS:
+        raise UsageError(f"encoder_quant is {encoder_quant!r}, it must be one of {', '.join(ENCODER_QUANTS)}")
+    folder, out = Path(checkpoint).absolute(), Path(out).absolute()
+    _check_out(out, overwrite=overwrite)
+    name = name or folder.name
+
+    tell(f"reading {folder}")
+    opened = open_checkpoint(folder)
+    before = stat_all(opened)
+    family = families.find(_architectures(opened), known_families)
+    resolved = resolve(family, opened.config, opened.image_processor(), token_texts(opened), name=name)
+    mapped = map_tensors(family, resolved, opened.tensors)
+    arguments = {"decoder_quant": wanted.name, "encoder_quant": encoder_quant}
+    record = provenance(opened, source=source or name, arguments=arguments)
+    require_free(out, _bytes_needed(mapped, wanted, encoder_quant))
+
+    with commit_folder(out, replace=overwrite) as building:
+        tell(f"decoder to {wanted.name}")
+        decoder_cost = _convert_decoder(building, opened, resolved, mapped, wanted, general_keys(opened, name))
+        tell(f"encoder to {encoder_quant}")
+        encoder_cost = _convert_encoder(building, resolved, mapped, encoder_quant)
+        if stat_all(opened) != before:
+            raise CheckpointError(
+                f"{folder} changed while it was being read; convert it again", code="checkpoint.invalid"
+            )
+        manifest = Manifest(
+            format=FORMAT,
+            spec=resolved.spec,
+            files=(
+                file_entry(building / DECODER, "decoder"),
+                file_entry(building / ENCODER, "encoder"),
+                file_entry(building / f"{ENCODER}.data", "encoder-data"),
+            ),
+            provenance={**record, "unused_tensors": list(mapped.unused)},
+            fidelity={"decoder": decoder_cost, "encoder": encoder_cost},
+        )
+        write_manifest(building, manifest)
+        tell(f"committing {out}")
+    return manifest
+
+
+def _check_out(out: Path, *, overwrite: bool) -> None:
+    if not os.path.lexists(out):
+        return
+    if not overwrite:
+        raise StorageError(
+            f"{out} exists already; remove it, choose another name, or overwrite it", code="storage.exists"
+        )
+    if out.is_symlink() or not (out / MANIFEST_NAME).is_file():
+        raise StorageError(f"{out} exists and is not a bundle; only a bundle is overwritten", code="storage.exists")
+
+
+def _architectures(opened: Checkpoint) -> list[str]:
+    found = opened.config.get("architectures")
+    return [str(name) for name in found] if isinstance(found, list) else []
+
+
+def _bytes_needed(mapped: Mapped, wanted: Recipe, encoder_quant: str) -> int:
+    """What the conversion writes at its peak, roughly: intermediate files included."""
+    decoder = [source.tensor.bits for source in gguf_decoder.sources(mapped).values()]
+    matrices = sum(bits.size for bits in decoder)
+    stored = 0 if wanted.direct else sum(bits.nbytes for bits in decoder)
+    encoder = sum(source.tensor.bits.size for source in [*mapped.tower.values(), *mapped.connector.values()])
+    return stored + int(matrices * wanted.bits / 8) + encoder * (4 if encoder_quant == "fp32" else 5) + (16 << 20)
+
+
+def _convert_decoder(
+    building: Path, opened: Checkpoint, resolved: Resolved, mapped: Mapped, wanted: Recipe, general: dict[str, str]
+) -> dict[str, object]:
+    """Write decoder.gguf, by way of a file at the checkpoint's own precision unless the recipe only rounds."""
+    llama = resolved.llama
+    ids = {"bos": llama.bos, "eos": llama.eos, "padding": llama.pad}
+    vocabulary = read_vocabulary(opened, rows=resolved.spec.decoder.vocab, ids=ids)
+    tensors = gguf_decoder.plan(mapped, resolved, wanted)
+    final, exact = building / DECODER, building / "decoder.exact.gguf"
+    written = final if wanted.direct else exact
+    gguf_decoder.write(written, resolved, vocabulary, tensors, wanted.file_type, general)
+    if not wanted.direct:
+        estimate = int(sum(tensor.nbytes for tensor in tensors) * wanted.bits / 16)
+        quant.quantize(exact, final, wanted, size_estimate=estimate)
+        exact.unlink()
+    return verify.decoder_fidelity(final, gguf_decoder.exact_matrices(mapped), wanted)
+
+
+def _convert_encoder(building: Path, resolved: Resolved, mapped: Mapped, encoder_quant: str) -> dict[str, object]:
+    """Write encoder.onnx and its data; the float32 graph is built as well when int8 has to be compared with it."""
+    tower, connector = _reader(mapped.tower), _reader(mapped.connector)
+    build_encoder(building / ENCODER, resolved, tower, connector, encoder_quant)  # type: ignore[arg-type]
+    if encoder_quant == "fp32":
+        return {"against": "the checkpoint's weights", "relative_error": 0.0}
+    exact = building / "exact.onnx"
+    build_encoder(exact, resolved, tower, connector, "fp32")
+    cost = verify.encoder_fidelity(building / ENCODER, exact, resolved.spec)
+    exact.unlink()
+    exact.with_name("exact.onnx.data").unlink()
+    return cost
+
+
+def _reader(sources: Mapping[str, Source]) -> Weights:
+    return lambda name: finite(sources[name].tensor)

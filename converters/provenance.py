@@ -1,0 +1,51 @@
+"""Where the weights come from and how they were converted: the section `provenance`, and GGUF's `general` keys."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from typing import Any
+
+from edgevlm.converters.checkpoint import Checkpoint
+
+#: Keys of a model card's front matter that we carry along.
+_CARD_KEYS = ("license", "license_name", "license_link", "base_model")
+_TOOLS = ("edgevlm", "llama-cpp-python", "gguf", "onnx-ir", "onnxruntime", "numpy")
+
+
+def provenance(checkpoint: Checkpoint, *, source: str, arguments: dict[str, str]) -> dict[str, Any]:
+    """The section; it holds no date and no path, so that converting twice gives the same bytes."""
+    return {
+        "source": source,
+        "source_files": checkpoint.hashes(),
+        "model_card": _model_card(checkpoint),
+        "arguments": arguments,
+        "tools": {name: _version(name) for name in _TOOLS},
+    }
+
+
+def general_keys(checkpoint: Checkpoint, name: str) -> dict[str, str]:
+    """`general.*` keys of the GGUF file."""
+    card = _model_card(checkpoint)
+    keys = {"general.name": name}
+    for ours, theirs in (("license", "license"), ("license.name", "license_name"), ("license.link", "license_link")):
+        if theirs in card:
+            keys[f"general.{ours}"] = card[theirs]
+    return keys
+
+
+def _model_card(checkpoint: Checkpoint) -> dict[str, str]:
+    """Plain `key: value` lines of README.md's front matter; nothing is parsed that is not such a line."""
+    text = checkpoint.text("README.md") or ""
+    front = re.match(r"---\n(.*?)\n---\s*\n", text, re.DOTALL)
+    if front is None:
+        return {}
+    pairs = re.findall(r"^([a-z_]+):[ \t]+(\S.*?)[ \t]*$", front[1], re.MULTILINE)
+    return {key: value.strip("'\"") for key, value in pairs if key in _CARD_KEYS}
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

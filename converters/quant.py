@@ -1,0 +1,97 @@
+"""Types of decoder weights, and llama.cpp's quantizer, called in this process.
+
+llama.cpp mixes types within one recipe and replaces a type whose block does not divide a tensor's rows, with no more
+than a log line. `Recipe.types` says what the recipe may produce, so that `verify.py` can name every replacement.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgevlm import llama
+from edgevlm.errors import BackendError, UsageError
+from edgevlm.storage import storage_errors
+
+_BUFFER_BYTES = 256 << 20  # rows in memory at once; llama.cpp's own default of 8 GiB is too much for a small board
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One choice of `decoder_quant`.
+
+    Attributes:
+        name: As the user writes it.
+        file_type: enum llama_ftype, also stored as `general.file_type`.
+        types: ggml types of matrices that the recipe produces when every row fits.
+        bits: Bits per weight, rounded up, to estimate the size beforehand.
+        direct: Written without the quantizer: the numbers are only rounded.
+        pure: One type for all matrices, the embedding and the output included.
+    """
+
+    name: str
+    file_type: int
+    types: tuple[str, ...]
+    bits: float
+    direct: bool = False
+    pure: bool = False
+
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(name="f32", file_type=0, types=("F32",), bits=32, direct=True),
+        Recipe(name="f16", file_type=1, types=("F16",), bits=16, direct=True),
+        Recipe(name="bf16", file_type=32, types=("BF16",), bits=16, direct=True),
+        Recipe(name="q8_0", file_type=7, types=("Q8_0",), bits=8.5),
+        Recipe(name="q6_k", file_type=18, types=("Q6_K",), bits=6.6),
+        Recipe(name="q5_k_m", file_type=17, types=("Q5_K", "Q6_K"), bits=6.0),
+        Recipe(name="q4_k_m", file_type=15, types=("Q4_K", "Q6_K"), bits=5.5),
+        # IQ4_NL keeps the output in Q6_K and, without an importance matrix, the first down projections (and V under
+        # grouped attention) in Q5_K.
+        Recipe(name="iq4_nl", file_type=25, types=("IQ4_NL", "Q5_K", "Q6_K"), bits=5.2),
+        Recipe(name="q4_0", file_type=2, types=("Q4_0",), bits=4.5, pure=True),
+    )
+}
+
+
+def recipe(name: str) -> Recipe:
+    """Find a recipe, ignoring case.
+
+    Raises:
+        UsageError: with the valid names.
+    """
+    found = RECIPES.get(name.lower())
+    if found is None:
+        raise UsageError(f"decoder_quant is {name!r}, it must be one of {', '.join(RECIPES)}")
+    return found
+
+
+def quantize(source: Path, out: Path, wanted: Recipe, *, size_estimate: int) -> None:
+    """Quantize a GGUF file with llama.cpp; the result does not depend on the number of threads.
+
+    Args:
+        source: F32, F16 or BF16 matrices.
+        out: Must not exist.
+        wanted: Not a `direct` recipe.
+        size_estimate: Bytes that `out` will take, to tell a full disk from other failures.
+
+    Raises:
+        StorageError: the disk is full.
+        BackendError: llama.cpp failed, with the end of its log.
+    """
+    native = llama.library()
+    params = native.llama_model_quantize_default_params()
+    params.nthread = len(os.sched_getaffinity(0))
+    params.ftype = wanted.file_type
+    params.pure = wanted.pure
+    params.max_buf_size = _BUFFER_BYTES
+    status = native.llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(params))
+    if status == 0:
+        return
+    # llama.cpp says only "iostream error" when the disk is full: ask the file system for the room itself.
+    with storage_errors(out, needed=size_estimate), open(out, "ab") as file:
+        os.posix_fallocate(file.fileno(), 0, size_estimate)
+    raise BackendError(f"llama.cpp could not quantize to {wanted.name}: {llama.last_log()}", code="backend.failed")

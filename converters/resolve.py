@@ -1,0 +1,257 @@
+"""A family and a checkpoint's JSON files, resolved into numbers: the `ModelSpec` and the sizes of all tensors.
+
+Nothing is guessed. A key that the family does not list, a value that we cannot run and a number that contradicts
+another are errors: a model converted with the wrong mathematics answers, only worse.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from edgevlm.converters.resolve_image import resolve_image
+from edgevlm.converters.sections import Section, invalid, unsupported
+
+from edgevlm.families.schema import Family, Tower
+from edgevlm.spec import DecoderSpec, EncoderSpec, ModelSpec, PromptSpec
+
+_MOST_LAYERS = 512  # llama.cpp's LLAMA_MAX_LAYERS; it aborts beyond
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaSizes:
+    """What a GGUF file of architecture `llama` needs beyond `DecoderSpec`."""
+
+    n_ff: int
+    heads: int
+    heads_kv: int
+    head_dim: int
+    rms_eps: float
+    rope: Mapping[str, Any]
+    tied: bool
+    bos: int | None
+    eos: int | None
+    pad: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """All numbers of one checkpoint.
+
+    Attributes:
+        spec: What the runtime will obey.
+        tower: The tower that the checkpoint has.
+        llama: Sizes of the decoder.
+        class_token: 1 if the sequence inside the tower begins with a class token.
+        cut_first: Whether the first position of the selected state is cut off.
+        tower_layers: Blocks in the checkpoint; `spec.encoder.layers` of them run.
+        sizes: Size names that `Weight.shape`, `.transform` and `.when` refer to.
+    """
+
+    spec: ModelSpec
+    tower: Tower
+    llama: LlamaSizes
+    class_token: int
+    cut_first: bool
+    tower_layers: int
+    sizes: Mapping[str, int]
+
+
+def resolve(
+    family: Family, config: Mapping[str, Any], processor: Mapping[str, Any], tokens: Mapping[int, str], *, name: str
+) -> Resolved:
+    """Resolve one checkpoint.
+
+    Args:
+        family: Found by `edgevlm.families.find`.
+        config: config.json.
+        processor: preprocessor_config.json, or the image processor's part of processor_config.json.
+        tokens: Token texts by id, to name the image token.
+        name: What the model shall be called.
+
+    Raises:
+        CheckpointError: `checkpoint.invalid` for contradictions, `checkpoint.unsupported` for what we cannot run.
+    """
+    top = Section("config.json", config, family.keys, family.connector.keys)
+    vision_data, text_data = top.get(family.vision_section), top.get(family.text_section)
+    tower = _find_tower(family, vision_data)
+    vision = Section(f"config.json: {family.vision_section}", vision_data, tower.keys)
+    if isinstance(text_data, dict) and text_data.get("model_type", family.decoder.kind) != family.decoder.kind:
+        raise unsupported(
+            f"the decoder is {text_data['model_type']!r}, the family {family.name} has {family.decoder.kind!r}"
+        )
+    text = Section(f"config.json: {family.text_section}", text_data, family.decoder.keys)
+
+    llama = _resolve_llama(top, text)
+    decoder = DecoderSpec(
+        arch="llama",
+        layers=text.size("num_hidden_layers", _MOST_LAYERS),
+        n_embd=text.size("hidden_size"),
+        vocab=text.size("vocab_size"),
+        context_length=text.size("max_position_embeddings"),
+    )
+    positions = (vision.size("image_size") // vision.size("patch_size")) ** 2 + tower.class_token
+    cut_first = _strategy(family, top) == "default"
+    encoder = _resolve_encoder(family, tower, top, vision, n_tokens=positions - cut_first, n_embd=decoder.n_embd)
+    image = resolve_image(family.processors, processor, side_px=vision.size("image_size"))
+    spec = ModelSpec(
+        name=name,
+        family=family.name,
+        image=image,
+        encoder=encoder,
+        decoder=decoder,
+        prompt=PromptSpec(image_token=_image_token(family, top, tokens)),
+    )
+    sizes = {
+        "channels": 3,
+        "hidden": encoder.hidden,
+        "intermediate": encoder.intermediate,
+        "patch": encoder.patch_px,
+        "positions": positions,
+        "features": encoder.hidden,
+        "post_norm": int(encoder.post_norm),
+        "connector_bias": int(_connector_bias(top, family)),
+        "n_embd": decoder.n_embd,
+        "n_ff": llama.n_ff,
+        "vocab": decoder.vocab,
+        "heads": llama.heads,
+        "heads_kv": llama.heads_kv,
+        "q_rows": llama.heads * llama.head_dim,
+        "kv_rows": llama.heads_kv * llama.head_dim,
+    }
+    return Resolved(
+        spec=spec, tower=tower, llama=llama, class_token=tower.class_token, cut_first=cut_first,
+        tower_layers=vision.size("num_hidden_layers", _MOST_LAYERS), sizes=sizes,
+    )  # fmt: skip
+
+
+def _find_tower(family: Family, vision: Any) -> Tower:
+    found = vision.get("model_type") if isinstance(vision, dict) else None
+    for tower in family.towers:
+        if tower.model_type == found:
+            return tower
+    supported = ", ".join(tower.model_type for tower in family.towers)
+    raise unsupported(f"the vision tower is {found!r}; the family {family.name} supports {supported}")
+
+
+def _resolve_encoder(
+    family: Family, tower: Tower, top: Section, vision: Section, *, n_tokens: int, n_embd: int
+) -> EncoderSpec:
+    hidden, heads = vision.size("hidden_size"), vision.size("num_attention_heads")
+    if hidden % heads:
+        raise invalid(f"{vision.where}: {heads} attention heads do not divide the width {hidden}")
+    if top.get("image_seq_length") not in (None, n_tokens) if "image_seq_length" in family.keys.read else False:
+        raise invalid(
+            f"config.json says image_seq_length {top.get('image_seq_length')}, the tower gives {n_tokens} positions"
+        )
+    has_activation = "projector_hidden_act" in family.connector.keys.read
+    return EncoderSpec(
+        tower=tower.kind,  # type: ignore[arg-type]
+        connector=family.connector.kind,  # type: ignore[arg-type]
+        layers=_selected_layers(family, top, vision.size("num_hidden_layers", _MOST_LAYERS)),
+        hidden=hidden,
+        heads=heads,
+        intermediate=vision.size("intermediate_size"),
+        patch_px=vision.size("patch_size"),
+        layer_norm_eps=vision.number("layer_norm_eps"),
+        activation=vision.activation("hidden_act"),
+        post_norm=family.post_norm,
+        connector_activation=top.activation("projector_hidden_act") if has_activation else "gelu",
+        n_tokens=n_tokens,
+        n_embd=n_embd,
+    )
+
+
+def _selected_layers(family: Family, top: Section, layers: int) -> int:
+    """How many blocks run before the selected state; state 0 is the input of the first block.
+
+    In transformers 5 the last state of CLIP and SigLIP is the last block's output, without the norm that follows it
+    (`capture_outputs(tie_last_hidden_states=False)`), as it was in transformers 4.
+    """
+    index: Any = family.feature_layer if isinstance(family.feature_layer, int) else top.get(family.feature_layer)
+    if isinstance(index, list) and len(index) == 1:
+        index = index[0]
+    if isinstance(index, list):
+        raise unsupported(f"{family.feature_layer} joins {len(index)} states ({index}), only one state can be used")
+    if type(index) is not int or not -layers - 1 <= index <= layers:
+        raise invalid(f"{family.feature_layer} is {index!r}, the tower has the states 0 to {layers}")
+    return index if index >= 0 else layers + 1 + index
+
+
+def _strategy(family: Family, top: Section) -> str:
+    literal = family.feature_strategy in ("default", "full")
+    value = family.feature_strategy if literal else top.get(family.feature_strategy)
+    if value not in ("default", "full"):
+        raise unsupported(f"{family.feature_strategy} is {value!r}, supported are default and full")
+    return str(value)
+
+
+def _connector_bias(top: Section, family: Family) -> bool:
+    if "multimodal_projector_bias" not in family.connector.keys.read:
+        return True
+    return bool(top.get("multimodal_projector_bias"))
+
+
+def _image_token(family: Family, top: Section, tokens: Mapping[int, str]) -> str:
+    ids = [top.token_id(key) for key in family.image_token]
+    found = next((index for index in ids if index is not None), None)
+    if found is None:
+        raise invalid(f"config.json names no image token; it needs one of {', '.join(family.image_token)}")
+    if found not in tokens:
+        raise invalid(f"config.json says the image token has id {found}, which the tokenizer does not have")
+    return tokens[found]
+
+
+def _resolve_llama(top: Section, text: Section) -> LlamaSizes:
+    hidden, heads = text.size("hidden_size"), text.size("num_attention_heads")
+    heads_kv = heads if text.get("num_key_value_heads") is None else text.size("num_key_value_heads")
+    if text.get("head_dim") is None and hidden % heads:
+        raise invalid(f"{text.where}: {heads} attention heads do not divide the width {hidden}")
+    head_dim = hidden // heads if text.get("head_dim") is None else text.size("head_dim")
+    if heads % heads_kv or head_dim % 2:
+        raise invalid(f"{text.where}: {heads} heads of width {head_dim} cannot share {heads_kv} key/value heads")
+    pad = text.token_id("pad_token_id")
+    return LlamaSizes(
+        n_ff=text.size("intermediate_size"),
+        heads=heads,
+        heads_kv=heads_kv,
+        head_dim=head_dim,
+        rms_eps=text.number("rms_norm_eps"),
+        rope=_resolve_rope(text),
+        # LlavaConfig honours the flag in either place
+        tied=top.get("tie_word_embeddings") is True or text.get("tie_word_embeddings") is True,
+        bos=text.token_id("bos_token_id"),
+        eos=text.token_id("eos_token_id"),
+        pad=top.token_id("pad_token_id") if pad is None else pad,
+    )
+
+
+def _resolve_rope(text: Section) -> dict[str, Any]:
+    """Both spellings: transformers 5 puts `rope_theta` into `rope_parameters`, transformers 4 beside `rope_scaling`.
+
+    Returns:
+        `rope_type`, `rope_theta` and the parameters of that type, all present and positive.
+    """
+    needed = {
+        "default": (),
+        "linear": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    }
+    merged = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
+    kind = merged.pop("rope_type", merged.pop("type", "default"))
+    merged.pop("type", None)
+    theta = merged.pop("rope_theta", None)
+    theta = text.get("rope_theta") if theta is None else theta
+    rope = {**merged, "rope_theta": 10000.0 if theta is None else theta}
+    if kind not in needed:
+        raise unsupported(f"{text.where}: rope_type is {kind!r}, supported are {', '.join(needed)}")
+    if set(merged) != set(needed[kind]):
+        raise invalid(
+            f"{text.where}: rope_type {kind!r} needs exactly ({', '.join(needed[kind])}), found {sorted(merged)}"
+        )
+    for key, value in rope.items():
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise invalid(f"{text.where}: the rope parameter {key} is {value!r}, a positive number is needed")
+    return {"rope_type": kind, **{key: float(value) for key, value in rope.items()}}

@@ -1,0 +1,90 @@
+"""Named changes to one weight on its way out of a checkpoint: pure functions on numpy arrays.
+
+A family refers to them by name; `TRANSFORMS` is the list of names that it may use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgevlm.errors import CheckpointError
+
+
+def rope_interleave(weight_RD: NDArray[Any], heads: int) -> NDArray[Any]:
+    """Reorder the rows of a Q or K projection from halves (Hugging Face) to pairs (llama.cpp's `llama`).
+
+    Rotary embedding turns pairs of channels. Hugging Face pairs channel i of a head with i + half, llama.cpp pairs 2i
+    with 2i + 1; the same rows in another order give the same attention. After `permute` in llama.cpp's
+    `conversion/llama.py`. Works on any bit pattern, so bfloat16 as uint16 as well.
+
+    Args:
+        weight_RD: [heads * head_dim, n_embd], or a bias [heads * head_dim].
+        heads: Query heads for Q, key/value heads for K.
+    """
+    rows = weight_RD.shape[0]
+    halves = weight_RD.reshape(heads, 2, rows // heads // 2, *weight_RD.shape[1:])
+    return halves.swapaxes(1, 2).reshape(weight_RD.shape)
+
+
+#: Transforms that take the named size as their argument.
+TRANSFORMS: dict[str, Callable[[NDArray[Any], int], NDArray[Any]]] = {"rope_interleave": rope_interleave}
+
+
+def rope_factors_llama3(
+    *, head_dim: int, base: float, factor: float, low: float, high: float, original_context: float
+) -> NDArray[np.float32]:
+    """Divisors of the rotary frequencies for `rope_type: llama3`, as llama.cpp's `rope_freqs.weight`.
+
+    Long wavelengths are stretched by `factor`, short ones kept, and those between blended (Llama 3.1's
+    `apply_scaling`; here in float64, rounded once).
+
+    Returns:
+        float32 [head_dim / 2].
+    """
+    frequency = base ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    wavelength = 2 * np.pi / frequency
+    smooth = (original_context / wavelength - low) / (high - low)
+    blended = 1 / ((1 - smooth) / factor + smooth)
+    kept_or_blended = np.where(wavelength < original_context / high, 1.0, blended)
+    return np.where(wavelength > original_context / low, factor, kept_or_blended).astype(np.float32)
+
+
+def to_float16(values: NDArray[np.float32], name: str) -> NDArray[np.float16]:
+    """Round to float16, refusing weights that would become infinite.
+
+    Raises:
+        CheckpointError: `checkpoint.overflow`, with the largest magnitude.
+    """
+    with np.errstate(over="ignore"):
+        narrow = values.astype(np.float16)
+    if np.isinf(narrow).any():
+        raise CheckpointError(
+            f"{name} holds {np.abs(values).max():.6g}, F16 ends at 65504; convert with bf16 or f32",
+            code="checkpoint.overflow",
+        )
+    return narrow
+
+
+def to_bfloat16_bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Round float32 to bfloat16, half to even, as the upper 16 bits. Values are finite (checked when read)."""
+    bits = values.view(np.uint32)
+    return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+
+
+def quantize_columns(weight_KN: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Symmetric int8 with one scale for each output channel.
+
+    Args:
+        weight_KN: [inputs, outputs].
+
+    Returns:
+        int8 [inputs, outputs] in -127..127, and float32 scales [outputs]; `weight ~ int8 * scale`.
+    """
+    largest_N = np.abs(weight_KN).max(axis=0)
+    # A channel of zeros gets scale 1: any scale represents it, and 0 would divide by zero.
+    scale_N = np.where(largest_N > 0, largest_N / np.float32(127), np.float32(1)).astype(np.float32)
+    return np.rint(weight_KN / scale_N).astype(np.int8), scale_N

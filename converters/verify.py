@@ -1,0 +1,109 @@
+"""What a conversion cost, measured: the `fidelity` section of a bundle.
+
+All numbers are rounded to few digits and none depends on time, so that converting twice gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from edgevlm.converters import calibration, gguf_file
+from edgevlm.converters.gguf_file import StoredTensor
+from edgevlm.converters.quant import Recipe
+from numpy.typing import NDArray
+
+from edgevlm.encoder import Encoder
+from edgevlm.spec import ModelSpec
+
+#: Gives a matrix when called, so that only one is in memory.
+Matrix = Callable[[], NDArray[np.float32]]
+
+_SAMPLED_WEIGHTS = 1 << 20  # of each tensor, in evenly spaced rows: enough for three digits
+
+
+def encoder_fidelity(int8_path: Path, fp32_path: Path, spec: ModelSpec) -> dict[str, Any]:
+    """Compare an int8 graph with the float32 graph of the same weights on the built-in pictures.
+
+    Returns:
+        `cosine_mean` and `cosine_min` over all tokens, `relative_error` (RMS of the difference over RMS of the
+        float32 embeddings), and what they were measured on.
+    """
+    tiles_TCHW = calibration.tiles(spec.image)
+    reference_TND = Encoder(fp32_path, spec.encoder, threads=1).encode(tiles_TCHW)
+    found_TND = Encoder(int8_path, spec.encoder, threads=1).encode(tiles_TCHW)
+    cosine_TN = cosines(reference_TND, found_TND)
+    return {
+        "against": "the float32 graph of the same weights",
+        "pictures": f"{len(tiles_TCHW)} procedural pictures",
+        "cosine_mean": _round(float(cosine_TN.mean())),
+        "cosine_min": _round(float(cosine_TN.min())),
+        "relative_error": _round(relative_error(reference_TND, found_TND)),
+    }
+
+
+def cosines(a_TND: NDArray[np.float32], b_TND: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Cosine of the angle between two embeddings of each token: float64 [T, N]."""
+    a, b = a_TND.astype(np.float64), b_TND.astype(np.float64)
+    lengths_TN = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    cosine_TN: NDArray[np.float64] = (a * b).sum(-1) / np.maximum(lengths_TN, 1e-300)
+    return cosine_TN
+
+
+def relative_error(reference: NDArray[np.float32], found: NDArray[np.float32]) -> float:
+    """RMS of the difference, divided by the RMS of the reference."""
+    difference = reference.astype(np.float64) - found
+    return math.sqrt(float((difference**2).sum()) / max(float((reference.astype(np.float64) ** 2).sum()), 1e-300))
+
+
+def decoder_fidelity(path: Path, exact: Mapping[str, Matrix], wanted: Recipe) -> dict[str, Any]:
+    """Compare the matrices of a finished GGUF file with the checkpoint's, type by type.
+
+    Args:
+        path: The finished file.
+        exact: For each matrix a function that gives its true values, float32, in the file's layout.
+        wanted: The recipe; matrices of another type are listed as `replaced`, with the reason.
+
+    Returns:
+        `types`: for each ggml type the number of tensors, bytes and relative RMS error of its weights;
+        `relative_error` over all matrices; `replaced`: tensor -> type, where a row did not fit the recipe's block.
+    """
+    totals: dict[str, list[float]] = {}  # type -> tensors, bytes, squared difference, squared reference
+    replaced: dict[str, str] = {}
+    for tensor in gguf_file.read_tensors(path):
+        matrix = tensor.name in exact
+        squares = _squares(exact[tensor.name](), tensor) if matrix else (0.0, 0.0)
+        entry = totals.setdefault(tensor.type, [0, 0, 0.0, 0.0])
+        for i, amount in enumerate((1, tensor.nbytes, *squares)):
+            entry[i] += amount
+        if matrix and tensor.type not in wanted.types:
+            replaced[tensor.name] = f"{tensor.type} (rows of {tensor.shape[-1]} do not fit)"
+    return {
+        "against": "the checkpoint's weights",
+        "relative_error": _ratio(sum(e[2] for e in totals.values()), sum(e[3] for e in totals.values())),
+        "types": {
+            kind: {"tensors": int(entry[0]), "bytes": int(entry[1]), "relative_error": _ratio(entry[2], entry[3])}
+            for kind, entry in sorted(totals.items())
+        },
+        "replaced": replaced,
+    }
+
+
+def _squares(true_RD: NDArray[np.float32], stored: StoredTensor) -> tuple[float, float]:
+    """Sum of squared differences and of squared true weights, over evenly spaced rows."""
+    step = max(1, true_RD.size // _SAMPLED_WEIGHTS)
+    found_RD = gguf_file.values(stored, step)
+    chosen_RD = true_RD[::step].astype(np.float64)
+    return float(((chosen_RD - found_RD) ** 2).sum()), float((chosen_RD**2).sum())
+
+
+def _ratio(difference: float, reference: float) -> float:
+    return _round(math.sqrt(difference / reference)) if reference else 0.0
+
+
+def _round(value: float) -> float:
+    """Five decimals: 0.99987 keeps its meaning, and the last bits, which depend on the processor, do not show."""
+    return round(value, 5)

@@ -1,0 +1,208 @@
+"""Known parts: towers, connectors, decoders and image processors that families are made of. Declarations only.
+
+Defaults are those of the Hugging Face configuration classes (transformers 5.23), which write sparse files.
+"""
+
+from edgevlm.families.schema import Keys, Part, Processor, Tower, Weight
+
+#: Keys that every section may carry and that say nothing about the numbers.
+BOOKKEEPING = (
+    "model_type", "architectures", "transformers_version", "_name_or_path", "torch_dtype", "dtype", "auto_map",
+    "initializer_range", "initializer_factor", "use_cache", "return_dict", "output_hidden_states",
+    "output_attentions", "attention_dropout", "dropout", "torchscript", "use_bfloat16", "is_encoder_decoder",
+    "is_decoder", "id2label", "label2id", "num_labels", "problem_type", "task_specific_params",
+    "gradient_checkpointing",
+    "_attn_implementation_autoset", "_commit_hash", "attn_implementation", "_attn_implementation",
+)  # fmt: skip
+
+_BLOCK = {
+    "encoder.layers.{i}.layer_norm1.weight": Weight("blk.{i}.ln1.weight", ("hidden",)),
+    "encoder.layers.{i}.layer_norm1.bias": Weight("blk.{i}.ln1.bias", ("hidden",)),
+    "encoder.layers.{i}.self_attn.q_proj.weight": Weight("blk.{i}.q.weight", ("hidden", "hidden")),
+    "encoder.layers.{i}.self_attn.q_proj.bias": Weight("blk.{i}.q.bias", ("hidden",)),
+    "encoder.layers.{i}.self_attn.k_proj.weight": Weight("blk.{i}.k.weight", ("hidden", "hidden")),
+    "encoder.layers.{i}.self_attn.k_proj.bias": Weight("blk.{i}.k.bias", ("hidden",)),
+    "encoder.layers.{i}.self_attn.v_proj.weight": Weight("blk.{i}.v.weight", ("hidden", "hidden")),
+    "encoder.layers.{i}.self_attn.v_proj.bias": Weight("blk.{i}.v.bias", ("hidden",)),
+    "encoder.layers.{i}.self_attn.out_proj.weight": Weight("blk.{i}.o.weight", ("hidden", "hidden")),
+    "encoder.layers.{i}.self_attn.out_proj.bias": Weight("blk.{i}.o.bias", ("hidden",)),
+    "encoder.layers.{i}.layer_norm2.weight": Weight("blk.{i}.ln2.weight", ("hidden",)),
+    "encoder.layers.{i}.layer_norm2.bias": Weight("blk.{i}.ln2.bias", ("hidden",)),
+    "encoder.layers.{i}.mlp.fc1.weight": Weight("blk.{i}.fc1.weight", ("intermediate", "hidden")),
+    "encoder.layers.{i}.mlp.fc1.bias": Weight("blk.{i}.fc1.bias", ("intermediate",)),
+    "encoder.layers.{i}.mlp.fc2.weight": Weight("blk.{i}.fc2.weight", ("hidden", "intermediate")),
+    "encoder.layers.{i}.mlp.fc2.bias": Weight("blk.{i}.fc2.bias", ("hidden",)),
+}
+
+# The norm after the last block belongs to `last_hidden_state`; models that select a hidden state go without it.
+_POST_NORM = {
+    "post_layernorm.weight": Weight("post_norm.weight", ("hidden",), when="post_norm"),
+    "post_layernorm.bias": Weight("post_norm.bias", ("hidden",), when="post_norm"),
+}
+
+SIGLIP = Tower(
+    kind="siglip",
+    model_type="siglip_vision_model",
+    class_token=0,
+    keys=Keys(
+        read={
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "image_size": 224,
+            "patch_size": 16,
+            "layer_norm_eps": 1e-6,
+            "hidden_act": "gelu_pytorch_tanh",
+        },
+        fixed={"num_channels": (3,), "tie_last_hidden_states": (None, False)},
+        ignored=(*BOOKKEEPING, "vision_use_head", "projection_dim", "vocab_size"),
+    ),
+    weights={
+        "embeddings.patch_embedding.weight": Weight("patch.weight", ("hidden", "channels", "patch", "patch")),
+        "embeddings.patch_embedding.bias": Weight("patch.bias", ("hidden",)),
+        "embeddings.position_embedding.weight": Weight("position.weight", ("positions", "hidden")),
+        **_BLOCK,
+        **_POST_NORM,
+    },
+    unused=("embeddings.position_ids", "head.*", "post_layernorm.*"),
+)
+
+CLIP = Tower(
+    kind="clip",
+    model_type="clip_vision_model",
+    class_token=1,
+    keys=Keys(
+        read={
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "image_size": 224,
+            "patch_size": 32,
+            "layer_norm_eps": 1e-5,
+            "hidden_act": "quick_gelu",
+        },
+        fixed={"num_channels": (3,), "tie_last_hidden_states": (None, False)},
+        ignored=(*BOOKKEEPING, "projection_dim", "vocab_size"),
+    ),
+    weights={
+        "embeddings.class_embedding": Weight("class.weight", ("hidden",)),
+        "embeddings.patch_embedding.weight": Weight("patch.weight", ("hidden", "channels", "patch", "patch")),
+        "embeddings.position_embedding.weight": Weight("position.weight", ("positions", "hidden")),
+        "pre_layrnorm.weight": Weight("pre_norm.weight", ("hidden",)),  # the misspelling is CLIP's own
+        "pre_layrnorm.bias": Weight("pre_norm.bias", ("hidden",)),
+        **_BLOCK,
+    },
+    # CLIP applies its last norm to the pooled class token only, which no connector reads.
+    unused=("embeddings.position_ids", "post_layernorm.*"),
+)
+
+MLP = Part(
+    kind="mlp",
+    keys=Keys(read={"projector_hidden_act": "gelu", "multimodal_projector_bias": True}),
+    weights={
+        "linear_1.weight": Weight("fc1.weight", ("n_embd", "features")),
+        "linear_1.bias": Weight("fc1.bias", ("n_embd",), when="connector_bias"),
+        "linear_2.weight": Weight("fc2.weight", ("n_embd", "n_embd")),
+        "linear_2.bias": Weight("fc2.bias", ("n_embd",), when="connector_bias"),
+    },
+)
+
+LINEAR = Part(
+    kind="linear",
+    keys=Keys(),
+    weights={
+        "weight": Weight("fc1.weight", ("n_embd", "features")),
+        "bias": Weight("fc1.bias", ("n_embd",)),
+    },
+)
+
+LLAMA = Part(
+    kind="llama",
+    keys=Keys(
+        read={
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": None,
+            "head_dim": None,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": None,
+            "rope_scaling": None,
+            "rope_parameters": None,
+            "tie_word_embeddings": False,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": None,
+        },
+        fixed={"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)},
+        ignored=(*BOOKKEEPING, "pretraining_tp"),
+    ),
+    weights={
+        "embed_tokens.weight": Weight("token_embd.weight", ("vocab", "n_embd")),
+        "norm.weight": Weight("output_norm.weight", ("n_embd",)),
+        "layers.{i}.input_layernorm.weight": Weight("blk.{i}.attn_norm.weight", ("n_embd",)),
+        "layers.{i}.self_attn.q_proj.weight": Weight(
+            "blk.{i}.attn_q.weight", ("q_rows", "n_embd"), transform="rope_interleave:heads"
+        ),
+        "layers.{i}.self_attn.k_proj.weight": Weight(
+            "blk.{i}.attn_k.weight", ("kv_rows", "n_embd"), transform="rope_interleave:heads_kv"
+        ),
+        "layers.{i}.self_attn.v_proj.weight": Weight("blk.{i}.attn_v.weight", ("kv_rows", "n_embd")),
+        "layers.{i}.self_attn.o_proj.weight": Weight("blk.{i}.attn_output.weight", ("n_embd", "q_rows")),
+        "layers.{i}.post_attention_layernorm.weight": Weight("blk.{i}.ffn_norm.weight", ("n_embd",)),
+        "layers.{i}.mlp.gate_proj.weight": Weight("blk.{i}.ffn_gate.weight", ("n_ff", "n_embd")),
+        "layers.{i}.mlp.up_proj.weight": Weight("blk.{i}.ffn_up.weight", ("n_ff", "n_embd")),
+        "layers.{i}.mlp.down_proj.weight": Weight("blk.{i}.ffn_down.weight", ("n_embd", "n_ff")),
+    },
+    unused=("layers.{i}.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq"),  # buffers of old releases
+)
+
+_SWITCHES = {"do_resize": (True,), "do_rescale": (True,), "do_normalize": (True,)}
+_PROCESSOR_BOOKKEEPING = (
+    "image_processor_type", "processor_class", "feature_extractor_type", "auto_map", "_processor_class",
+    "data_format", "input_data_format", "device", "return_tensors", "disable_grouping", "default_to_square",
+    "image_seq_length", "do_convert_rgb", "pad_size",
+    "_valid_processor_keys",
+)  # fmt: skip
+_CLIP_DEFAULTS = {
+    "size": {"shortest_edge": 224},
+    "crop_size": {"height": 224, "width": 224},
+    "do_center_crop": True,
+    "do_pad": False,
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+
+SIGLIP_PROCESSOR = Processor(
+    names=("SiglipImageProcessor",),
+    keys=Keys(
+        read={
+            "size": {"height": 224, "width": 224},
+            "crop_size": None,
+            "do_center_crop": False,
+            "do_pad": False,
+            "resample": 3,
+            "rescale_factor": 1 / 255,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+        },
+        fixed=_SWITCHES,
+        ignored=_PROCESSOR_BOOKKEEPING,
+    ),
+)
+CLIP_PROCESSOR = Processor(
+    names=("CLIPImageProcessor", "CLIPFeatureExtractor"),
+    keys=Keys(read=_CLIP_DEFAULTS, fixed=_SWITCHES, ignored=_PROCESSOR_BOOKKEEPING),
+)
+LLAVA_PROCESSOR = Processor(
+    names=("LlavaImageProcessor",),
+    pads=True,
+    keys=Keys(read=_CLIP_DEFAULTS, fixed=_SWITCHES, ignored=_PROCESSOR_BOOKKEEPING),
+)

@@ -1,0 +1,130 @@
+"""The words in which a family is declared: where each number and each tensor of a checkpoint comes from.
+
+A family file holds literals of these classes and nothing else. `converters/resolve.py` reads the numbers,
+`converters/mapping.py` the tensors; the runtime never sees a family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+class _Required:
+    """The type of `REQUIRED`, the default of a key that has none."""
+
+    def __repr__(self) -> str:
+        return "REQUIRED"
+
+
+REQUIRED = _Required()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keys:
+    """Which keys of one section of a JSON file matter. A key that is listed nowhere is an error.
+
+    Attributes:
+        read: Keys that the converter reads, with the default of the Hugging Face class or `REQUIRED`.
+        fixed: Keys that change the mathematics, with the values that we can run (the first is the default).
+        ignored: Keys without influence on inference.
+    """
+
+    read: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor, or one for each block when the names hold `{i}`.
+
+    Attributes:
+        to: Name inside edgevlm: of the GGUF tensor for a decoder, of the graph's weight for an encoder.
+        shape: Names of sizes, outermost axis first (see `converters/resolve.py`, `sizes`).
+        transform: A name from `converters/transforms.py`, colon, the size that it takes; empty for none.
+        when: The size that must be true (not 0) for this tensor to exist; empty for always.
+    """
+
+    to: str
+    shape: tuple[str, ...]
+    transform: str = ""
+    when: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One component: its section of config.json and its tensors.
+
+    Attributes:
+        kind: What builds it: a name registered in `converters/onnx_vision.py`, or a GGUF architecture.
+        keys: Keys of its section of config.json.
+        weights: Leaf name in the checkpoint (without the family's prefix) -> what it is.
+        unused: Leaf patterns (`*` matches anything) that never reach the output.
+    """
+
+    kind: str
+    keys: Keys
+    weights: Mapping[str, Weight]
+    unused: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tower(Part):
+    """A vision tower. `model_type` is what `vision_config.model_type` says; `class_token` is 1 if one leads."""
+
+    model_type: str
+    class_token: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processor:
+    """An image processor class of Hugging Face.
+
+    Attributes:
+        names: Class names, without the suffixes `Fast` and `Pil`.
+        pads: Whether it honours `do_pad` (to a square, in the mean colour).
+        keys: Keys of preprocessor_config.json; `read` holds the class's defaults.
+    """
+
+    names: tuple[str, ...]
+    pads: bool = False
+    keys: Keys
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A model family: which parts it joins, and under which names.
+
+    Attributes:
+        hf_architectures: Values of `architectures` in config.json.
+        keys: Top-level keys of config.json.
+        vision_section, text_section: Names of the parts' sections.
+        towers, processors: The alternatives; the checkpoint says which one it has.
+        tower_prefixes, connector_prefixes, decoder_prefixes, head_prefixes: Spellings of the same component in
+            different releases of transformers; a checkpoint uses one of each.
+        feature_layer: The key that selects the hidden state (an index into all states, the first being the input of
+            block 0, negative from the end), or a literal index.
+        feature_strategy: The key that says `default` (the first position is cut off) or `full`, or such a literal.
+        post_norm: Whether the tower's last norm follows the selected state.
+        image_token: Keys, in order of preference, of the id of the token that stands for a picture.
+    """
+
+    name: str
+    hf_architectures: tuple[str, ...]
+    keys: Keys
+    vision_section: str
+    text_section: str
+    processors: tuple[Processor, ...]
+    towers: tuple[Tower, ...]
+    tower_prefixes: tuple[str, ...]
+    connector: Part
+    connector_prefixes: tuple[str, ...]
+    decoder: Part
+    decoder_prefixes: tuple[str, ...]
+    head_prefixes: tuple[str, ...]
+    feature_layer: str | int
+    feature_strategy: str | Literal["default", "full"]
+    post_norm: bool = False
+    image_token: tuple[str, ...]
