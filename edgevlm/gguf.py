@@ -1,8 +1,9 @@
 """Read and check a GGUF header before llama.cpp sees the file.
 
 llama.cpp answers many malformed files with abort(), which would take the whole process along. This reader walks the
-header with limits on every length (format: ggml's `docs/gguf.md`), checks that all tensor data lies inside the file, and
-checks the values that llama.cpp asserts on for the `llama` architecture. It never maps the file and never reads weights.
+header with limits on every length (format: ggml's `docs/gguf.md`), checks that all tensor data lies inside the file,
+and checks the values that llama.cpp asserts on for the `llama` architecture. It never maps the file and never reads
+weights.
 """
 
 from __future__ import annotations

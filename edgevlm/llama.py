@@ -33,6 +33,9 @@ def library() -> ModuleType:
     # A failed assertion in ggml would fork and look for a debugger before it aborts; on a small board that is slow,
     # and the child maps the weights a second time. It is read by the native library only, at abort time.
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")
+    # OpenMP's threads spin at each barrier by default, several hundred times a token. On a machine that does anything
+    # else a spinning thread keeps the processor from the one it waits for (docs/threads.md has the figures).
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         import llama_cpp
         from llama_cpp import llama_cpp as native

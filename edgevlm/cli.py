@@ -1,0 +1,190 @@
+"""The command line: each command parses, calls one function, prints. The only place that prints or exits.
+
+The answer goes to stdout, everything else to stderr. Exit codes: 0 ok, 2 the call was wrong, 1 anything else, 130
+interrupted. Nothing heavy is imported before a command needs it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edgevlm.errors import EdgeVLMError, UsageError
+
+if TYPE_CHECKING:
+    from edgevlm.answer import Answer
+
+app = typer.Typer(
+    name="edgevlm",
+    help="""Ask questions about pictures, on this machine alone.
+
+    No cloud, no GPU: a bundle holds a quantized language model (GGUF) and a vision encoder (ONNX), and edgevlm runs
+    both on the CPU. A small model that reads instrument panels is built in.
+
+    Examples:
+
+      edgevlm ask "What does the display read?" -i panel.jpg
+      edgevlm convert ./llava-checkpoint ./my-bundle
+      edgevlm ask "Describe the picture." -i photo.jpg -m ./my-bundle
+
+    Run `edgevlm COMMAND --help` for all options of a command.
+    """,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        from edgevlm import __version__
+
+        typer.echo(f"edgevlm {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def ask(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The question; `-` reads it from stdin.")],
+    image: Annotated[
+        list[str] | None,
+        typer.Option("--image", "-i", metavar="IMAGE", help="A picture, or `-` for stdin; may be repeated."),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option("--model", "-m", metavar="MODEL", help="Bundle folder or .gguf file. [default: the panel reader]"),
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System message.")] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", metavar="N", help="Most tokens to answer with.")] = 256,
+    temperature: Annotated[
+        float, typer.Option("--temperature", metavar="X", help="0 is greedy and repeatable; 0.7 is lively.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", metavar="X", help="Draw from the likeliest tokens that sum up to X.")
+    ] = 1.0,
+    top_k: Annotated[int, typer.Option("--top-k", metavar="N", help="Draw from the N likeliest tokens; 0 is all.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option("--seed", metavar="N", help="Repeat a draw: same seed, same answer.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", metavar="TEXT", help="End the answer before TEXT; may be repeated.")
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option("--context", metavar="N", help="Positions for prompt and answer. [default: up to 4096]"),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", metavar="N", help="Threads. [default: every usable CPU]")
+    ] = None,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object with the answer, usage, timings and memory.")
+    ] = False,
+) -> None:
+    """Answer one question, with or without pictures.
+
+    The answer streams to stdout; on a terminal, a line of timings follows on stderr.
+
+    Examples:
+
+      edgevlm ask "What does the display read?" -i panel.jpg
+
+      edgevlm ask "Which lamps are on?" -i - --json < panel.jpg
+
+      edgevlm ask "Why is the sky blue?" -m smollm2.gguf --max-tokens 80
+    """
+    from edgevlm.pipeline import load
+
+    question, images = _inputs(prompt, image or [])
+    with load(model, context=context, threads=threads) as loaded:
+        stream = loaded.stream(
+            question,
+            images,
+            system=system,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            stop=tuple(stop or ()),
+        )
+        for piece in stream:
+            if not json_output:
+                _write(piece)
+        answer = stream.answer
+    assert answer is not None
+    _report(answer, json_output)
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face checkpoint.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the bundle to make.")],
+    decoder_quant: Annotated[
+        str, typer.Option("--decoder-quant", metavar="TYPE", help="Type of the language model's weights.")
+    ] = "q4_k_m",
+    encoder_quant: Annotated[
+        str, typer.Option("--encoder-quant", metavar="TYPE", help="Type of the vision encoder's weights.")
+    ] = "int8",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a bundle.")] = False,
+) -> None:
+    """Convert a Hugging Face checkpoint to a bundle.
+
+    Works without torch, one tensor at a time, and leaves nothing behind if it fails.
+
+    Decoder types: f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, iq4_nl, q4_0. Encoder types: fp32, int8.
+
+    Example:
+
+      edgevlm convert ./llava-checkpoint ./my-bundle --decoder-quant q4_k_m
+    """
+    from edgevlm.converters import convert as convert_checkpoint
+
+    convert_checkpoint(checkpoint, out, decoder_quant=decoder_quant, encoder_quant=encoder_quant, overwrite=overwrite)
+    typer.echo(f"wrote {out}", err=True)
+
+
+def main() -> None:
+    """Entry point: each of our errors becomes one line on stderr and its exit code; typer words usage errors itself."""
+    try:
+        app()
+    except EdgeVLMError as error:
+        # One line whatever a native library put into the message, so that scripts can read it.
+        typer.echo(f"edgevlm: {' '.join(str(error).split())} [{error.code}]", err=True)
+        sys.exit(error.exit_code)
+
+
+def _inputs(prompt: str, images: list[str]) -> tuple[str, list[str | bytes]]:
+    """Resolve `-`: stdin can be the prompt or one picture, not both."""
+    if [prompt, *images].count("-") > 1:
+        raise UsageError("stdin was asked for more than once; give `-` for the prompt or for one picture")
+    question = sys.stdin.read() if prompt == "-" else prompt
+    return question, [sys.stdin.buffer.read() if image == "-" else image for image in images]
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _report(answer: Answer, json_output: bool) -> None:
+    if json_output:
+        import json
+
+        _write(json.dumps(answer.to_json(), ensure_ascii=False) + "\n")
+        return
+    _write("\n")
+    if sys.stderr.isatty():
+        t, u = answer.timings, answer.usage
+        typer.echo(
+            f"load {t.load_s:.2f} s, image {t.decode_image_s + t.preprocess_s + t.encode_s:.2f} s, "
+            f"prefill {t.prefill_s:.2f} s ({u.prompt_tokens} tokens), {u.completion_tokens} tokens "
+            f"at {t.tokens_per_s:.0f}/s, peak {answer.peak_rss_bytes / 1e6:.0f} MB",
+            err=True,
+        )

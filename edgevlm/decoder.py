@@ -1,0 +1,265 @@
+"""Segments to tokens: the language model in llama.cpp, driven by its C functions.
+
+llama.cpp aborts the process when a batch is larger than announced, a row narrower than the model, or a token id out of
+range (`llama-context.cpp`, `llama-batch.cpp`), so each of these is checked here before the call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import weakref
+from typing import TYPE_CHECKING, Any, Literal
+
+from edgevlm.errors import BackendError, ContextError, UsageError
+from edgevlm.gguf import GGUFHeader, read_header
+from edgevlm.llama import last_log, library
+from edgevlm.machine import usable_cpus
+from edgevlm.splice import ImageSegment, Segment, TextSegment
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+#: Positions decoded in one call, and the size of llama.cpp's compute buffers.
+_N_BATCH = 512
+#: Without `context`, this many positions are reserved (or as many as the model was trained for, if fewer).
+_DEFAULT_CONTEXT = 4096
+#: The most that can be asked for: llama.cpp rounds up to 256 in 32 bits and would wrap near 2^32.
+_MAX_CONTEXT = 1 << 24
+#: llama.cpp splits most vocabularies' text by std::regex, which recurses once per character of a run and overflows the
+#: stack near 26,000 characters; these pre-tokenizers have hand-written splitters (`unicode.cpp`).
+_SAFE_PRE = frozenset({"llama3", "llama-v3", "llama-bpe", "gpt-2", "gpt2", "qwen2"})
+_LONGEST_RUN = 8192
+
+KVType = Literal["f16", "f32"]
+
+
+class Decoder:
+    """A loaded GGUF model with one context and one sequence.
+
+    Args:
+        path: A GGUF file of the `llama` architecture.
+        context: Positions to reserve; None reserves 4096, or what the model was trained for if that is fewer.
+        threads: Threads for prefill and decode; None takes every CPU that this process may use.
+        kv_type: Type of the key/value cache. f32 is for comparisons with the reference only.
+
+    Raises:
+        FileError, GGUFError: the file cannot be used (see `edgevlm.gguf`).
+        UsageError: `context` or `threads` is outside its range.
+        BackendError: llama.cpp could not load it.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        context: int | None = None,
+        threads: int | None = None,
+        kv_type: KVType = "f16",
+    ) -> None:
+        self.header = read_header(path)
+        self.n_context = _context_size(self.header, context)
+        self._llama = library()
+        self._model = _load_model(self._llama, path)
+        self._close_model = weakref.finalize(self, self._llama.llama_model_free, self._model)
+        self._vocab = self._llama.llama_model_get_vocab(self._model)
+        self.n_vocab = self._llama.llama_vocab_n_tokens(self._vocab)
+        self.n_embd = self._llama.llama_model_n_embd_inp(self._model)
+        self._context = self._new_context(threads, kv_type)
+        self._close_context = weakref.finalize(self, self._llama.llama_free, self._context)
+        self.n_past = 0
+
+    def close(self) -> None:
+        """Free the native memory. The decoder cannot be used afterwards; closing twice is harmless."""
+        self._close_context()
+        self._close_model()
+
+    def _new_context(self, threads: int | None, kv_type: KVType) -> Any:
+        llama = self._llama
+        params = llama.llama_context_default_params()
+        params.n_ctx = self.n_context
+        params.n_batch = params.n_ubatch = _N_BATCH
+        params.n_seq_max = 1
+        # Only the last row of a batch is ever read: without this, llama.cpp reserves logits for a whole batch, which
+        # for a vocabulary of 128k is 263 MB.
+        params.n_outputs_max = 1
+        params.n_threads = params.n_threads_batch = threads or usable_cpus()
+        params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        params.type_k = params.type_v = {"f16": llama.GGML_TYPE_F16, "f32": llama.GGML_TYPE_F32}[kv_type]
+        params.no_perf = True
+        context = llama.llama_init_from_model(self._model, params)
+        if not context:
+            raise BackendError(
+                f"llama.cpp cannot make a context of {self.n_context} positions for {self.header.path}: "
+                f"{last_log() or 'no reason given'}; ask for a smaller context",
+                code="backend.load",
+            )
+        return context
+
+    # ---- text and tokens
+
+    def tokenize(self, text: str, add_bos: bool, parse_special: bool) -> list[int]:
+        """Token ids of a text. `add_bos` obeys the vocabulary's own rule whether it has one at all.
+
+        Raises:
+            UsageError: a run of one kind of character is too long for this vocabulary's splitter.
+        """
+        self._check_runs(text)
+        raw = text.encode("utf-8")
+        capacity = len(raw) + 8
+        while True:
+            tokens = (ctypes.c_int32 * capacity)()
+            count = self._llama.llama_tokenize(self._vocab, raw, len(raw), tokens, capacity, add_bos, parse_special)
+            if count >= 0:
+                return tokens[:count]
+            capacity = -count
+
+    def _check_runs(self, text: str) -> None:
+        if len(text) <= _LONGEST_RUN or self.header.metadata["tokenizer.ggml.model"] == "llama":
+            return
+        if self.header.metadata.get("tokenizer.ggml.pre") in _SAFE_PRE:
+            return
+        longest = max(len(run.group()) for run in re.finditer(r"\s+|[^\W\d_]+|\d+|(?:[^\w\s]|_)+", text))
+        if longest > _LONGEST_RUN:
+            raise UsageError(
+                f"the prompt has a run of {longest} characters of one kind; this model's tokenizer takes "
+                f"{_LONGEST_RUN}; insert spaces or shorten it"
+            )
+
+    def piece(self, token: int) -> bytes:
+        """The bytes that a token stands for; empty for control tokens. They need not be whole characters."""
+        if not 0 <= token < self.n_vocab:
+            raise ValueError(f"token {token} is outside the vocabulary of {self.n_vocab}")
+        capacity = 64
+        while True:
+            buffer = ctypes.create_string_buffer(capacity)
+            count = self._llama.llama_token_to_piece(self._vocab, token, buffer, capacity, 0, False)
+            if count >= 0:
+                return buffer.raw[:count]
+            capacity = -count
+
+    def is_end(self, token: int) -> bool:
+        """Whether the model ends its turn with this token (end of text, turn or message)."""
+        return bool(self._llama.llama_vocab_is_eog(self._vocab, token))
+
+    # ---- the context
+
+    def reset(self) -> None:
+        """Forget everything that was decoded."""
+        # False: old cells are unreachable once their metadata is gone; clearing the data would touch all of it.
+        self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), False)
+        self.n_past = 0
+
+    def check_room(self, n_positions: int, *, of_images: int = 0) -> None:
+        """Whether so many positions fit after what the context holds already; `of_images` only words the message.
+
+        Raises:
+            ContextError: they do not.
+        """
+        needed = self.n_past + n_positions
+        if needed > self.n_context:
+            pictures = f", {of_images} of them pictures" if of_images else ""
+            raise ContextError(
+                f"the prompt takes {needed} positions{pictures}; the context has {self.n_context}; "
+                "shorten it or ask for a larger context",
+                needed=needed,
+                available=self.n_context,
+            )
+
+    def prefill(self, segments: list[Segment]) -> None:
+        """Decode segments after what the context holds already; the logits of the last position can be read then.
+
+        Raises:
+            ContextError: they do not fit; nothing was decoded.
+            BackendError: llama.cpp failed.
+        """
+        self.check_room(sum(map(len, segments)))
+        last = len(segments) - 1
+        for number, segment in enumerate(segments):
+            if isinstance(segment, TextSegment):
+                self._decode_tokens(segment.tokens, want_logits=number == last)
+            elif isinstance(segment, ImageSegment):
+                self._decode_rows(segment.rows_ND, want_logits=number == last)
+
+    def step(self, token: int) -> None:
+        """Decode one token after what the context holds already.
+
+        Raises:
+            ContextError: the context is full.
+        """
+        self.prefill([TextSegment((token,))])
+
+    def logits(self) -> NDArray[np.float32]:
+        """Logits of the last decoded position, float32 [n_vocab]: a view that the next decode overwrites."""
+        import numpy as np
+
+        pointer = self._llama.llama_get_logits_ith(self._context, -1)
+        if not pointer:
+            raise BackendError("llama.cpp has no logits to read; decode something first", code="backend.failed")
+        return np.ctypeslib.as_array(pointer, shape=(self.n_vocab,))
+
+    def _decode_tokens(self, tokens: tuple[int, ...], *, want_logits: bool) -> None:
+        if not all(0 <= token < self.n_vocab for token in tokens):
+            raise ValueError(f"a token id is outside the vocabulary of {self.n_vocab}")
+        ids = (ctypes.c_int32 * len(tokens))(*tokens)
+        self._decode(len(tokens), want_logits, token=ctypes.addressof(ids), stride=ctypes.sizeof(ctypes.c_int32))
+
+    def _decode_rows(self, rows_ND: NDArray[np.float32], *, want_logits: bool) -> None:
+        import numpy as np
+
+        rows_ND = np.ascontiguousarray(rows_ND, np.float32)
+        if rows_ND.ndim != 2 or rows_ND.shape[1] != self.n_embd:
+            raise BackendError(
+                f"the encoder gives rows of shape {rows_ND.shape[1:]}, the decoder takes {self.n_embd}; "
+                "encoder and decoder do not belong together",
+                code="backend.failed",
+            )
+        self._decode(len(rows_ND), want_logits, embd=rows_ND.ctypes.data, stride=self.n_embd * rows_ND.itemsize)
+
+    def _decode(self, n_rows: int, want_logits: bool, *, stride: int, token: int = 0, embd: int = 0) -> None:
+        """Decode rows that lie `stride` bytes apart, tokens or embeddings, in batches that llama.cpp accepts.
+
+        The batch struct points into the caller's memory; positions continue from the context's last one.
+        """
+        llama = self._llama
+        for start in range(0, n_rows, _N_BATCH):
+            count = min(_N_BATCH, n_rows - start)
+            outputs = (ctypes.c_int8 * count)()
+            outputs[count - 1] = want_logits and start + count == n_rows
+            batch = llama.llama_batch(
+                n_tokens=count,
+                token=ctypes.cast(token + start * stride, ctypes.POINTER(llama.llama_token)) if token else None,
+                embd=ctypes.cast(embd + start * stride, ctypes.POINTER(ctypes.c_float)) if embd else None,
+                logits=ctypes.cast(outputs, ctypes.POINTER(ctypes.c_int8)),
+            )
+            status = llama.llama_decode(self._context, batch)
+            if status:
+                # Part of the segment may be in the context already: nothing in it can be relied on.
+                self.reset()
+                raise BackendError(
+                    f"llama.cpp failed to decode {count} positions (status {status}): {last_log()}",
+                    code="backend.failed",
+                )
+            self.n_past += count
+
+
+def _context_size(header: GGUFHeader, context: int | None) -> int:
+    trained = header.context_length
+    if context is None:
+        return min(_DEFAULT_CONTEXT, trained)
+    if type(context) is not int or not 1 <= context <= min(trained, _MAX_CONTEXT):
+        raise UsageError(f"context must be between 1 and {trained}, what the model was trained for; found {context!r}")
+    return context
+
+
+def _load_model(llama: Any, path: str | os.PathLike[str]) -> Any:
+    params = llama.llama_model_default_params()
+    params.n_gpu_layers = 0
+    model = llama.llama_model_load_from_file(os.fsencode(path), params)
+    if not model:
+        raise BackendError(
+            f"llama.cpp cannot load {os.fspath(path)}: {last_log() or 'no reason given'}", code="backend.load"
+        )
+    return model

@@ -1,0 +1,247 @@
+"""The stages in order, with a timing for each: bytes -> pixels -> embeddings -> segments -> tokens -> text."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from edgevlm import prompt as prompts
+from edgevlm.answer import Answer, Timings, Usage
+from edgevlm.bundle import BUILTIN, Bundle, open_bundle
+from edgevlm.decoder import Decoder, KVType
+from edgevlm.encoder import Encoder
+from edgevlm.errors import BundleError, CapabilityError, FileError, UsageError
+from edgevlm.generate import Generation
+from edgevlm.image import load_image
+from edgevlm.machine import peak_rss_bytes
+from edgevlm.options import GenerateOptions
+from edgevlm.preprocess import preprocess
+from edgevlm.splice import Plan, PlannedImage, plan, splice
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from PIL.Image import Image
+
+    ImageSource = str | os.PathLike[str] | bytes | Image | NDArray[np.uint8]
+
+
+class Stream:
+    """An answer on its way: iterate over its pieces of text; `answer` is set when they are exhausted.
+
+    Closing the iterator (or leaving its loop) ends the generation.
+    """
+
+    def __init__(self, pieces: Generator[str, None, Answer]) -> None:
+        self.answer: Answer | None = None
+        self._pieces = pieces
+
+    def __iter__(self) -> Iterator[str]:
+        self.answer = yield from self._pieces
+
+
+class Model:
+    """A loaded model, made by `load()`. Use it as a context manager, or call `close()`.
+
+    It answers one question at a time and must not be used from several threads at once.
+    """
+
+    def __init__(self, name: str, decoder: Decoder, bundle: Bundle | None, encoder: Encoder | None) -> None:
+        self.name = name
+        self.spec = bundle.spec if bundle else None
+        self.load_s = 0.0
+        self._decoder = decoder
+        self._encoder = encoder
+        self._format = _prompt_format(name, decoder, self.spec.prompt.image_token if self.spec else None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the model's memory. Closing twice is harmless."""
+        self._decoder.close()
+        self._encoder = None
+
+    def ask(
+        self, prompt: str, images: Sequence[ImageSource] = (), *, system: str | None = None, **options: Any
+    ) -> Answer:
+        """Answer one question about any number of pictures.
+
+        Args:
+            prompt: The question; pictures come before it.
+            images: Paths, encoded bytes, PIL images or uint8 arrays (HW or HWC), in order.
+            system: A system message.
+            options: Fields of `GenerateOptions`: `max_tokens`, `temperature`, `top_k`, `top_p`, `seed`, `stop`.
+
+        Raises:
+            EdgeVLMError: one of the classes in `edgevlm.errors`.
+        """
+        stream = self.stream(prompt, images, system=system, **options)
+        for _ in stream:
+            pass
+        assert stream.answer is not None
+        return stream.answer
+
+    def stream(
+        self, prompt: str, images: Sequence[ImageSource] = (), *, system: str | None = None, **options: Any
+    ) -> Stream:
+        """As `ask`, but yields the answer's text piece by piece; arguments are checked before the first piece."""
+        if isinstance(images, (str, bytes, os.PathLike)):
+            raise UsageError("images must be a list of pictures, found a single one; write images=[picture]")
+        if len(images):
+            self._vision()
+        try:
+            checked = GenerateOptions(**options)
+        except TypeError as error:
+            raise UsageError(str(error).replace("GenerateOptions.__init__()", "ask()")) from None
+        return Stream(self._run(prompt, images, system, checked))
+
+    def preprocess(self, image: ImageSource) -> NDArray[np.float32]:
+        """The tensor that the encoder would be fed: float32 [T, 3, height_px, width_px]."""
+        return self._pixels(image, Timings())
+
+    def embed_image(self, image: ImageSource) -> NDArray[np.float32]:
+        """What the decoder would be fed for a picture: float32 [n_tokens, n_embd]."""
+        return self._embed(image, Timings())
+
+    # ---- the stages
+
+    def _run(
+        self, prompt: str, images: Sequence[ImageSource], system: str | None, options: GenerateOptions
+    ) -> Generator[str, None, Answer]:
+        timings = Timings(load_s=self.load_s)
+        started = time.perf_counter()
+        # Counted before anything is encoded: a prompt that does not fit costs nothing.
+        segments = self._plan(prompt, len(images), system)
+        embeds = [self._embed(image, timings) for image in images]
+        with timings.measure("prefill_s"):
+            self._decoder.prefill(splice(segments, embeds))
+        usage_prompt = self._decoder.n_past
+        generation = Generation(self._decoder, options)
+        pieces = []
+        for piece in generation:
+            pieces.append(piece)
+            yield piece
+        timings.first_token_s = generation.first_token_at - started
+        timings.generate_s = generation.ended_at - generation.first_token_at
+        timings.tokens_per_s = generation.tokens_per_s
+        return Answer(
+            text="".join(pieces),
+            finish_reason=generation.finish_reason,
+            model=self.name,
+            usage=Usage(
+                prompt_tokens=usage_prompt,
+                image_tokens=sum(map(len, embeds)),
+                completion_tokens=len(generation.tokens),
+            ),
+            timings=timings,
+            peak_rss_bytes=peak_rss_bytes(),
+        )
+
+    def _plan(self, prompt: str, n_images: int, system: str | None) -> Plan:
+        messages = prompts.user_messages(prompt, n_images, system)
+        pieces = prompts.render(messages, self._format)
+        rows = self.spec.encoder.n_tokens if self.spec else 0
+        segments = plan(pieces, self._decoder.tokenize, bos=self._format.bos, rows_per_image=rows)
+        self._decoder.reset()
+        n_image_rows = sum(len(segment) for segment in segments if isinstance(segment, PlannedImage))
+        self._decoder.check_room(sum(map(len, segments)), of_images=n_image_rows)
+        return segments
+
+    def _pixels(self, image: ImageSource, timings: Timings) -> NDArray[np.float32]:
+        spec, _ = self._vision()
+        with timings.measure("decode_image_s"):
+            image_HWC = load_image(image)
+        with timings.measure("preprocess_s"):
+            return preprocess(image_HWC, spec.image)
+
+    def _embed(self, image: ImageSource, timings: Timings) -> NDArray[np.float32]:
+        _, encoder = self._vision()
+        tiles_TCHW = self._pixels(image, timings)
+        with timings.measure("encode_s"):
+            embeds_TND = encoder.encode(tiles_TCHW)
+        return embeds_TND.reshape(-1, embeds_TND.shape[-1])
+
+    def _vision(self) -> tuple[Any, Encoder]:
+        if self.spec is None or self._encoder is None:
+            raise CapabilityError(
+                f"{self.name} is a text-only model and cannot see pictures; ask without them or choose a vision model",
+                code="capability.no_vision",
+            )
+        return self.spec, self._encoder
+
+
+def load(
+    model: str | os.PathLike[str] | None = None,
+    *,
+    context: int | None = None,
+    threads: int | None = None,
+    kv_type: KVType = "f16",
+) -> Model:
+    """Load a model.
+
+    Args:
+        model: A bundle folder or a `.gguf` file (text only); None is the built-in panel reader.
+        context: Positions to reserve for prompt and answer; None takes up to 4096.
+        threads: Threads for every stage; None takes every CPU that this process may use.
+        kv_type: Type of the key/value cache; `f32` is for comparisons with the reference.
+
+    Raises:
+        EdgeVLMError: the model is missing, damaged, or not for this version.
+
+    Example::
+
+        with edgevlm.load() as model:
+            print(model.ask("What does the display read?", images=["panel.jpg"]).text)
+    """
+    if threads is not None and (type(threads) is not int or not 1 <= threads <= 1024):
+        raise UsageError(f"threads must be between 1 and 1024, found {threads!r}")
+    started = time.perf_counter()
+    path = BUILTIN if model is None else Path(model)
+    bundle = encoder = None
+    if path.is_dir():
+        bundle = open_bundle(path)
+        encoder = Encoder(bundle.path("encoder"), bundle.spec.encoder, threads=threads)
+        decoder = Decoder(bundle.path("decoder"), context=context, threads=threads, kv_type=kv_type)
+        _check_pair(path, bundle, decoder)
+    elif path.exists():
+        decoder = Decoder(path, context=context, threads=threads, kv_type=kv_type)
+    else:
+        raise FileError(f"there is no model {path}; give a bundle folder or a .gguf file", code="file.not_found")
+    loaded = Model(bundle.spec.name if bundle else path.name, decoder, bundle, encoder)
+    loaded.load_s = time.perf_counter() - started
+    return loaded
+
+
+def _check_pair(path: Path, bundle: Bundle, decoder: Decoder) -> None:
+    """Each file may be whole and yet not belong to the other."""
+    promised = (bundle.spec.encoder.n_embd, bundle.spec.decoder.vocab)
+    if promised != (decoder.n_embd, decoder.n_vocab):
+        raise BundleError(
+            f"{path}: the encoder gives rows of {promised[0]} for a vocabulary of {promised[1]}, the decoder takes "
+            f"{decoder.n_embd} and has {decoder.n_vocab}; convert the checkpoint again",
+            code="bundle.invalid",
+        )
+
+
+def _prompt_format(name: str, decoder: Decoder, image_token: str | None) -> prompts.PromptFormat:
+    template = decoder.header.chat_template
+    if template is None:
+        raise CapabilityError(
+            f"{name} carries no chat template; use a model that was trained for conversation",
+            code="capability.no_template",
+        )
+    return prompts.PromptFormat(
+        template=template,
+        bos=decoder.header.token("bos"),
+        eos=decoder.header.token("eos"),
+        control_tokens=decoder.header.control_tokens,
+        image_token=image_token,
+    )

@@ -1,0 +1,139 @@
+"""bundle.json as the commit record: everything that differs from it is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgevlm.bundle import BUILTIN, MANIFEST_NAME, open_bundle
+from edgevlm.errors import BundleError, EdgeVLMError, FileError
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    copy = tmp_path / "bundle"
+    shutil.copytree(BUILTIN, copy)
+    return copy
+
+
+def edit(bundle: Path, change: Any) -> None:
+    path = bundle / MANIFEST_NAME
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+def test_opens(bundle: Path) -> None:
+    opened = open_bundle(bundle)
+    assert opened.spec.family == "llava"
+    assert opened.path("decoder").is_file()
+
+
+def test_every_file_is_guarded_against_a_flipped_bit(bundle: Path) -> None:
+    for entry in open_bundle(bundle).manifest.files:
+        path = bundle / entry.name
+        original = path.read_bytes()
+        for at in (0, len(original) // 2, len(original) - 1):
+            damaged = bytearray(original)
+            damaged[at] ^= 1
+            path.write_bytes(damaged)
+            with pytest.raises(BundleError) as caught:
+                open_bundle(bundle)
+            assert caught.value.code == "bundle.hash_mismatch"
+        path.write_bytes(original)
+    open_bundle(bundle)
+
+
+def test_missing_and_cut_files(bundle: Path) -> None:
+    decoder = open_bundle(bundle).path("decoder")
+    decoder.write_bytes(decoder.read_bytes()[:-1])
+    with pytest.raises(BundleError, match="bytes instead of"):
+        open_bundle(bundle)
+    decoder.unlink()
+    with pytest.raises(BundleError) as caught:
+        open_bundle(bundle)
+    assert caught.value.code == "bundle.missing_file"
+
+
+def test_a_folder_without_manifest(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="not a bundle"):
+        open_bundle(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("raw", "code"),
+    [
+        ("", "bundle.invalid"),
+        ("[]", "bundle.invalid"),
+        ("{", "bundle.invalid"),
+        ("[" * 100_000, "bundle.invalid"),
+        ('{"format": 99}', "bundle.version"),
+        ('{"format": "1"}', "bundle.invalid"),
+        ('{"format": 1}', "bundle.invalid"),
+    ],
+)
+def test_documents_that_are_not_manifests(bundle: Path, raw: str, code: str) -> None:
+    (bundle / MANIFEST_NAME).write_text(raw)
+    with pytest.raises(BundleError) as caught:
+        open_bundle(bundle)
+    assert caught.value.code == code
+
+
+BAD_NAMES = [
+    "../decoder.gguf",
+    "/etc/passwd",
+    "a/b",
+    ".",
+    "..",
+    "",
+    "a\0b",
+    "x" * 300,
+    MANIFEST_NAME,
+    "ä.gguf",
+    ".hidden",
+]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_names_that_leave_the_folder(bundle: Path, name: str) -> None:
+    edit(bundle, lambda d: d["files"][0].update(name=name))
+    with pytest.raises(BundleError):
+        open_bundle(bundle)
+
+
+CHANGES = {
+    "unknown field": lambda d: d.update(url="x"),
+    "unknown field deep inside": lambda d: d["spec"]["image"].update(gamma=2.2),
+    "missing field": lambda d: d["spec"]["encoder"].pop("n_tokens"),
+    "wrong type": lambda d: d["spec"]["encoder"].update(n_tokens="64"),
+    "boolean for a number": lambda d: d["spec"]["encoder"].update(n_tokens=True),
+    "infinite number": lambda d: d["spec"]["image"].update(rescale=float("inf")),
+    "unknown policy": lambda d: d["spec"]["image"].update(policy="magic"),
+    "short tuple": lambda d: d["spec"]["image"].update(mean=[0.5, 0.5]),
+    "sha256 of 63 digits": lambda d: d["files"][0].update(sha256="0" * 63),
+    "negative size": lambda d: d["files"][0].update(size=-1),
+    "unknown role": lambda d: d["files"][0].update(role="virus"),
+    "no encoder": lambda d: d.update(files=[f for f in d["files"] if f["role"] != "encoder"]),
+    "a file twice": lambda d: d["files"].append(d["files"][0]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_manifests_that_say_something_else(bundle: Path, change: str) -> None:
+    edit(bundle, CHANGES[change])
+    with pytest.raises(BundleError) as caught:
+        open_bundle(bundle)
+    assert caught.value.code == "bundle.invalid"
+
+
+def test_every_cut_of_the_manifest_is_refused(bundle: Path) -> None:
+    path = bundle / MANIFEST_NAME
+    whole = path.read_bytes().rstrip()
+    for length in range(0, len(whole), 7):
+        path.write_bytes(whole[:length])
+        with pytest.raises(EdgeVLMError):
+            open_bundle(bundle)
