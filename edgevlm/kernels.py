@@ -133,7 +133,7 @@ def normalize(
     source_HWC = _check_image(image_HWC)
     height, width, channels = source_HWC.shape
     if channels != 3:
-        raise ImageError(f"normalize needs 3 channels, found {channels}; convert the picture to RGB", code="image.array")
+        raise ImageError(f"normalize needs 3 channels, found {channels}; convert to RGB", code="image.array")
     lut_C256 = np.asarray(lut_C256)
     if lut_C256.dtype != np.float32 or lut_C256.shape != (3, 256):
         raise UsageError(f"the table must be float32 (3, 256), found {lut_C256.dtype} {lut_C256.shape}")
