@@ -3,7 +3,9 @@
  * Checks arguments, releases the GIL, and calls. No arithmetic on pixels. It speaks the buffer protocol only, so it
  * builds without numpy and, with the limited API, once for all Python versions from 3.11 on.
  */
+#ifndef Py_LIMITED_API /* CMake's USE_SABI defines it, too */
 #define Py_LIMITED_API 0x030B0000
+#endif
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
