@@ -270,7 +270,7 @@ def _from_array(array: NDArray[Any], limits: ImageLimits) -> NDArray[np.uint8]:
     height, width, channels = image_HWC.shape
     _check_size(width, height, "the array", limits)
     if channels == 4:
-        return np.asarray(_flatten(Image.fromarray(np.ascontiguousarray(image_HWC), mode="RGBA")))
+        return np.asarray(_flatten(Image.fromarray(np.ascontiguousarray(image_HWC))))
     return np.ascontiguousarray(np.broadcast_to(image_HWC, (height, width, 3)))
 
 

@@ -82,7 +82,7 @@ enum select_status kernels_select(const char *name, uint32_t features, struct ke
         }
     }
     *ops = kernels_scalar;
-    for (int i = 1; targets[i - 1] && targets[i] && (last < 0 || i <= last); i++) {
+    for (int i = 1; targets[i] && (last < 0 || i <= last); i++) {
         if (runs_on(targets[i], features)) {
             overlay(ops, targets[i]);
         }
