@@ -5,7 +5,10 @@ Only tests import this file; it is the place where torch and transformers appear
 
 from __future__ import annotations
 
+import functools
 import json
+import shutil
+import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +55,21 @@ class Variant:
     bias: bool = True
 
 
+_made = tempfile.TemporaryDirectory(prefix="edgevlm-tiny-")
+
+
+@functools.cache
+def shared(variant: Variant) -> tuple[Path, transformers.LlavaForConditionalGeneration]:
+    """A checkpoint folder, made once for all tests, and its model. Read-only: use `copy` to change something."""
+    folder = Path(_made.name) / f"{variant.tower}-{abs(hash(variant)):x}"
+    return folder, write(folder, variant)
+
+
+def copy(variant: Variant, folder: Path) -> Path:
+    """A copy of a checkpoint that may be changed."""
+    return Path(shutil.copytree(shared(variant)[0], folder))
+
+
 def write(folder: Path, variant: Variant) -> transformers.LlavaForConditionalGeneration:
     """Write a checkpoint and return the model that it holds (float32, evaluation mode)."""
     torch.manual_seed(7)
@@ -75,14 +93,16 @@ def write(folder: Path, variant: Variant) -> transformers.LlavaForConditionalGen
             elif parameter.ndim == 1:
                 parameter.normal_(0, 0.1)
             else:
-                parameter.normal_(0, 1.2 / parameter[0].numel() ** 0.5 if "embed" not in name else 0.3)
-    model = model.to(variant.dtype)
-    model.save_pretrained(folder)
+                tables = {"position_embedding": 0.02, "embed_tokens": 0.3}
+                spread = next((value for key, value in tables.items() if key in name), None)
+                parameter.normal_(0, spread or 1.2 / parameter[0].numel() ** 0.5)
+    model.to(variant.dtype).save_pretrained(folder)
     _processor(variant).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     (folder / "README.md").write_text("---\nlicense: apache-2.0\nbase_model: tiny/random\n---\n# Tiny\n")
-    return model.float()
+    # Read back rather than widened in place: `.to` also rounds the rotary frequencies, which no checkpoint stores.
+    return transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def _vision(variant: Variant) -> Any:
@@ -155,7 +175,7 @@ def make_tokenizer(kind: str) -> transformers.PreTrainedTokenizerFast:
     tokenizer.add_special_tokens(
         [tokenizers.AddedToken(text, special=True) for text in ([bos, eos] if spm else []) + SPECIAL]
     )
-    tokenizer.add_tokens(["[extra]"])  # an added token that is not special
+    tokenizer.add_tokens([tokenizers.AddedToken("[extra]", normalized=False)])  # added, but not special
     if kind in ("llama-bpe", "spm"):
         tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]

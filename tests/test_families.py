@@ -1,0 +1,108 @@
+"""A family is a file of declarations; one with known parts needs no other change."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from edgevlm.converters import convert, onnx_vision
+from edgevlm.converters.transforms import TRANSFORMS
+
+from edgevlm import families
+from edgevlm.encoder import Encoder
+from edgevlm.errors import CheckpointError
+from edgevlm.families.parts import LINEAR
+
+FOLDER = Path(families.__path__[0])
+DECLARATIONS = [FOLDER / "parts.py", *(FOLDER / f"{name}.py" for name in families.module_names())]
+
+
+def only_declares(source: str) -> bool:
+    """Whether a module holds a docstring, imports and assignments without loops, functions or arithmetic on names."""
+    allowed = (ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign)
+    forbidden = (ast.Lambda, ast.ListComp, ast.DictComp, ast.SetComp, ast.GeneratorExp, ast.IfExp, ast.Attribute)
+    tree = ast.parse(source)
+    body = tree.body[1:] if ast.get_docstring(tree) else tree.body
+    return all(isinstance(node, allowed) for node in body) and not any(
+        isinstance(node, forbidden) for node in ast.walk(tree)
+    )
+
+
+@pytest.mark.parametrize("path", DECLARATIONS, ids=lambda path: path.name)
+def test_a_family_file_only_declares(path):
+    assert only_declares(path.read_text())
+    assert not only_declares(path.read_text() + "\nfor i in range(3): pass\n")
+    assert not only_declares(path.read_text() + "\nX = [i for i in range(3)]\n")
+
+
+def test_families_are_found_by_their_architecture():
+    assert families.find(["LlavaForConditionalGeneration"]).name == "llava"
+    with pytest.raises(CheckpointError, match="supported are LlavaForConditionalGeneration") as caught:
+        families.find(["MambaForCausalLM"])
+    assert caught.value.code == "checkpoint.unsupported"
+
+
+def test_architectures_and_names_are_unique():
+    declared = families.families()
+    names = [family.name for family in declared]
+    architectures = [name for family in declared for name in family.hf_architectures]
+    assert len(set(names)) == len(names)
+    assert len(set(architectures)) == len(architectures)
+
+
+@pytest.mark.parametrize("family", families.families(), ids=lambda family: family.name)
+def test_everything_that_a_family_names_exists(family):
+    for tower in family.towers:
+        assert tower.kind in onnx_vision.TOWERS
+    assert family.connector.kind in onnx_vision.CONNECTORS
+    for part in (*family.towers, family.connector, family.decoder):
+        targets = [weight.to for weight in part.weights.values()]
+        assert len(set(targets)) == len(targets)
+        for leaf, weight in part.weights.items():
+            assert ("{i}" in leaf) == ("{i}" in weight.to)
+            assert not weight.transform or weight.transform.partition(":")[0] in TRANSFORMS
+
+
+def test_a_new_family_of_known_parts_is_one_declaration(tmp_path):
+    """LLaVA 1.0 in Hugging Face's names: a single linear layer, under a prefix of its own."""
+    folder = tiny.copy(tiny.Variant(tower="clip"), tmp_path / "model")
+    rename = {"multi_modal_projector.linear_1.": "bridge."}
+
+    def change(tensors):
+        kept = {name: tensor for name, tensor in tensors.items() if ".linear_2." not in name}
+        return {_renamed(name, rename): tensor for name, tensor in kept.items()}
+
+    tiny.rewrite_tensors(folder, change)
+    tiny.rewrite_json(folder / "config.json", lambda c: _without(c, "projector_hidden_act", "multimodal_projector_bias")
+                      | {"architectures": ["TinyLinearModel"]})  # fmt: skip
+    family = dataclasses.replace(
+        families.find(["LlavaForConditionalGeneration"]), name="tiny-linear", hf_architectures=("TinyLinearModel",),
+        connector=LINEAR, connector_prefixes=("bridge.",),
+    )  # fmt: skip
+    manifest = convert(folder, tmp_path / "out", encoder_quant="fp32", known_families=(family,))
+    assert (manifest.spec.family, manifest.spec.encoder.connector) == ("tiny-linear", "linear")
+    assert "tiny-linear" in json.loads((tmp_path / "out" / "bundle.json").read_text())["spec"]["family"]
+    tiles_TCHW = np.random.default_rng(0).normal(size=(1, 3, tiny.SIDE_PX, tiny.SIDE_PX)).astype(np.float32)
+    model = tiny.shared(tiny.Variant(tower="clip"))[1].model
+    with torch.no_grad():
+        states = model.vision_tower(torch.from_numpy(tiles_TCHW), output_hidden_states=True).hidden_states[-1]
+        wanted = model.multi_modal_projector.linear_1(states).numpy()
+    found = Encoder(tmp_path / "out" / "encoder.onnx", manifest.spec.encoder).encode(tiles_TCHW)
+    assert np.abs(found - wanted).max() <= 1e-4  # float32 sums in another order
+
+
+def _renamed(name: str, rename: dict[str, str]) -> str:
+    for old, new in rename.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+def _without(data: dict, *keys: str) -> dict:
+    return {key: value for key, value in data.items() if key not in keys}
