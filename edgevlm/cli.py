@@ -24,8 +24,8 @@ app = typer.Typer(
     No cloud, no GPU: a bundle holds a quantized language model (GGUF) and a vision encoder (ONNX), and edgevlm runs
     both on the CPU. A small model that reads instrument panels is built in.
 
+    \b
     Examples:
-
       edgevlm ask "What does the display read?" -i panel.jpg
       edgevlm convert ./llava-checkpoint ./my-bundle
       edgevlm ask "Describe the picture." -i photo.jpg -m ./my-bundle
@@ -52,7 +52,7 @@ def _root(
 
 @app.command()
 def ask(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The question; `-` reads it from stdin.")],
+    prompt: Annotated[str, typer.Argument(show_default=False, help="The question; `-` reads it from stdin.")],
     image: Annotated[
         list[str] | None,
         typer.Option("--image", "-i", metavar="IMAGE", help="A picture, or `-` for stdin; may be repeated."),
@@ -91,12 +91,10 @@ def ask(
 
     The answer streams to stdout; on a terminal, a line of timings follows on stderr.
 
+    \b
     Examples:
-
       edgevlm ask "What does the display read?" -i panel.jpg
-
       edgevlm ask "Which lamps are on?" -i - --json < panel.jpg
-
       edgevlm ask "Why is the sky blue?" -m smollm2.gguf --max-tokens 80
     """
     from edgevlm.pipeline import load
@@ -124,8 +122,8 @@ def ask(
 
 @app.command()
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face checkpoint.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the bundle to make.")],
+    checkpoint: Annotated[Path, typer.Argument(show_default=False, help="Folder of a Hugging Face checkpoint.")],
+    out: Annotated[Path, typer.Argument(show_default=False, help="Folder of the bundle to make.")],
     decoder_quant: Annotated[
         str, typer.Option("--decoder-quant", metavar="TYPE", help="Type of the language model's weights.")
     ] = "q4_k_m",
@@ -140,8 +138,8 @@ def convert(
 
     Decoder types: f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, iq4_nl, q4_0. Encoder types: fp32, int8.
 
+    \b
     Example:
-
       edgevlm convert ./llava-checkpoint ./my-bundle --decoder-quant q4_k_m
     """
     from edgevlm.converters import convert as convert_checkpoint

@@ -1,0 +1,256 @@
+"""The command line as a person or a script meets it: what goes where, and that bad input gets one clear line."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from edgevlm import __version__
+from edgevlm.bundle import BUILTIN
+from edgevlm.cli import main
+from panel.scenes import make_scene
+
+EDGEVLM = Path(sysconfig.get_path("scripts")) / "edgevlm"
+
+
+@dataclass(frozen=True)
+class Run:
+    code: int
+    out: str
+    err: str
+
+
+Runner = Callable[..., Run]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runner:
+    def run(*arguments: str | Path, stdin: bytes = b"") -> Run:
+        monkeypatch.setattr(sys, "argv", ["edgevlm", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 0
+        captured = capsys.readouterr()
+        return Run(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def panel(tmp_path: Path) -> Path:
+    path = tmp_path / "panel.jpg"
+    path.write_bytes(make_scene(700_000_001, "clean").jpeg)
+    return path
+
+
+QUESTION = "What does the display read?"
+ANSWER = make_scene(700_000_001, "clean").truth.display
+
+
+# ---- what works
+
+
+def test_ask_answers_on_stdout_and_nothing_else(run: Runner, panel: Path) -> None:
+    assert run("ask", QUESTION, "-i", panel) == Run(0, f"{ANSWER}\n", "")
+
+
+def test_ask_reads_picture_or_prompt_from_stdin(run: Runner, panel: Path) -> None:
+    assert run("ask", QUESTION, "-i", "-", stdin=panel.read_bytes()).out == f"{ANSWER}\n"
+    assert run("ask", "-", "-i", panel, stdin=QUESTION.encode()).out == f"{ANSWER}\n"
+    both = run("ask", "-", "-i", "-")
+    assert (both.code, both.out) == (2, "")
+
+
+def test_ask_json_is_the_documented_object_and_the_last_line(run: Runner, panel: Path) -> None:
+    result = run("ask", QUESTION, "-i", panel, "--json")
+    document = json.loads(result.out)
+    assert document["text"] == ANSWER
+    assert document["finish_reason"] == "stop"
+    assert set(document) == {"text", "finish_reason", "model", "usage", "timings", "memory"}
+    assert set(document["usage"]) == {"prompt_tokens", "image_tokens", "completion_tokens", "cached_tokens"}
+    assert document["usage"]["image_tokens"] == 64
+    assert set(document["timings"]) == {
+        "load_s", "decode_image_s", "preprocess_s", "encode_s", "prefill_s", "first_token_s", "generate_s",
+        "tokens_per_s",
+    }  # fmt: skip
+    assert all(seconds > 0 for seconds in document["timings"].values())
+    assert document["memory"]["peak_rss_bytes"] > 10e6
+
+
+def test_max_tokens_and_stop(run: Runner, panel: Path) -> None:
+    cut = json.loads(run("ask", "Describe the panel.", "-i", panel, "--max-tokens", "2", "--json").out)
+    assert (cut["finish_reason"], cut["usage"]["completion_tokens"]) == ("length", 2)
+    whole = run("ask", "Describe the panel.", "-i", panel).out
+    word = whole.split()[3]
+    assert (
+        run("ask", "Describe the panel.", "-i", panel, "--stop", word).out.strip() == whole[: whole.index(word)].strip()
+    )
+
+
+def test_a_picture_of_one_pixel_is_a_picture(run: Runner, tmp_path: Path) -> None:
+    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
+    assert run("ask", "Describe the panel.", "-i", tmp_path / "dot.png").code == 0
+
+
+def test_text_without_a_picture(run: Runner) -> None:
+    result = run("ask", QUESTION)
+    assert (result.code, result.err) == (0, "")
+
+
+def test_version_and_help(run: Runner) -> None:
+    assert run("--version").out == f"edgevlm {__version__}\n"
+    for command in ((), ("ask",), ("convert",)):
+        shown = run(*command, "--help")
+        assert shown.code == 0
+        assert "Example" in shown.out
+        assert all(len(line) <= 80 for line in shown.out.splitlines())
+
+
+def test_the_installed_program_streams_and_survives_a_closed_pipe(panel: Path) -> None:
+    result = subprocess.run([EDGEVLM, "ask", QUESTION, "-i", panel], capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"{ANSWER}\n", "")
+    shell = f'"{EDGEVLM}" ask "Describe the panel." -i "{panel}" | head -c 1'
+    closed = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=120)
+    assert len(closed.stdout) == 1
+    assert "Traceback" not in closed.stderr
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """`edgevlm --help` has to be quick: no numpy, no Pillow, no native library."""
+    code = (
+        "import sys; sys.argv = ['edgevlm', '--help']\n"
+        "from edgevlm.cli import main\n"
+        "try:\n main()\nexcept SystemExit: pass\n"
+        "heavy = {'numpy', 'PIL', 'onnxruntime', 'llama_cpp', 'jinja2', 'gguf', 'onnx_ir', 'torch'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+
+
+# ---- what is refused, with one line and the right exit code
+
+
+def refused(result: Run, code: str, exit_code: int = 1, *words: str) -> None:
+    assert result.out == ""
+    assert result.code == exit_code, result.err
+    lines = result.err.splitlines()
+    assert len(lines) == 1, result.err
+    assert lines[0].startswith("edgevlm: ")
+    assert lines[0].endswith(f"[{code}]")
+    for word in words:
+        assert word in lines[0]
+
+
+def bad_pictures(tmp_path: Path) -> dict[str, tuple[Path, str]]:
+    jpeg = make_scene(700_000_002).jpeg
+    written = {"empty.jpg": b"", "text.jpg": b"this is not a picture at all", "cut.jpg": jpeg[: len(jpeg) // 2]}
+    for name, data in written.items():
+        (tmp_path / name).write_bytes(data)
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")
+    Image.new("RGB", (4, 4)).save(tmp_path / "animation.gif")
+    return {
+        "absent.jpg": (tmp_path / "absent.jpg", "file.not_found"),
+        "folder": (tmp_path, "file.not_regular"),
+        "empty.jpg": (tmp_path / "empty.jpg", "image.undecodable"),
+        "text.jpg": (tmp_path / "text.jpg", "image.undecodable"),
+        "cut.jpg": (tmp_path / "cut.jpg", "image.truncated"),
+        "huge.png": (tmp_path / "huge.png", "image.too_many_pixels"),
+        "animation.gif": (tmp_path / "animation.gif", "image.format"),
+    }
+
+
+def test_pictures_that_cannot_be_used(run: Runner, tmp_path: Path) -> None:
+    pictures = bad_pictures(tmp_path)
+    before = sorted(os.listdir(tmp_path))
+    for name, (path, code) in pictures.items():
+        refused(run("ask", QUESTION, "-i", path), code, 1, name if name != "folder" else tmp_path.name)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_picture_for_a_text_model(run: Runner, panel: Path, smollm2: Path) -> None:
+    refused(run("ask", "What is this?", "-i", panel, "-m", smollm2), "capability.no_vision")
+
+
+def test_a_prompt_longer_than_the_context(run: Runner, panel: Path) -> None:
+    refused(run("ask", "word " * 500, "-i", panel, "--context", "256"), "context.too_small", 1, "256", "64 of them")
+
+
+def test_models_that_are_not_there_or_damaged(run: Runner, panel: Path, tmp_path: Path) -> None:
+    refused(run("ask", QUESTION, "-m", tmp_path / "absent"), "file.not_found")
+    refused(run("ask", QUESTION, "-m", tmp_path), "file.not_found", 1, "bundle.json")
+    refused(run("ask", QUESTION, "-m", panel), "gguf.invalid")
+    for name in ("decoder.gguf", "encoder.onnx", "encoder.onnx.data"):
+        bundle = tmp_path / f"flipped-{name}"
+        shutil.copytree(BUILTIN, bundle)
+        data = bytearray((bundle / name).read_bytes())
+        data[len(data) // 2] ^= 4
+        (bundle / name).write_bytes(data)
+        refused(run("ask", QUESTION, "-i", panel, "-m", bundle), "bundle.hash_mismatch", 1, name)
+
+
+def test_arguments_outside_their_range(run: Runner, panel: Path) -> None:
+    for option, value in (("--max-tokens", "0"), ("--temperature", "-1"), ("--top-p", "2"), ("--threads", "0")):
+        refused(run("ask", QUESTION, "-i", panel, option, value), "usage.invalid", 2)
+    for wrong in (("ask",), ("ask", QUESTION, "--max-tokens", "many"), ("nonsense",), ("ask", QUESTION, "--nonsense")):
+        result = run(*wrong)
+        assert (result.code, result.out) == (2, "")
+        assert "Error" in result.err
+
+
+CHECKPOINT = Path(__file__).parent.parent / "panel" / "checkpoint"
+
+
+def edited_checkpoint(tmp_path: Path, change: Callable[..., object]) -> Path:
+    """A copy of the panel checkpoint whose tensors or config were changed."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(CHECKPOINT, copy)
+    tensors = load_file(copy / "model.safetensors")
+    config = json.loads((copy / "config.json").read_text())
+    change(tensors, config, torch)
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
+CHECKPOINTS = {
+    "checkpoint.missing_tensor": lambda t, c, torch: t.pop(sorted(t)[3]),
+    "checkpoint.unexpected_tensor": lambda t, c, torch: t.update({"extra.weight": torch.zeros(4)}),
+    "checkpoint.unsupported": lambda t, c, torch: c.update(architectures=["NobodysModel"], model_type="nobodys"),
+    "checkpoint.shape": lambda t, c, torch: t.update(
+        {k: v[:-32] for k, v in t.items() if k.endswith("0.mlp.up_proj.weight")}
+    ),
+}
+
+
+@pytest.mark.parametrize("code", CHECKPOINTS)
+def test_checkpoints_that_cannot_be_converted(run: Runner, tmp_path: Path, code: str) -> None:
+    checkpoint = edited_checkpoint(tmp_path, CHECKPOINTS[code])
+    refused(run("convert", checkpoint, tmp_path / "out"), code)
+    assert os.listdir(tmp_path) == ["checkpoint"]
+
+
+def test_convert_makes_a_bundle_that_answers(run: Runner, tmp_path: Path, panel: Path) -> None:
+    out = tmp_path / "bundle"
+    result = run("convert", CHECKPOINT, out, "--decoder-quant", "f16", "--encoder-quant", "fp32")
+    assert (result.code, result.out) == (0, "")
+    assert run("ask", QUESTION, "-i", panel, "-m", out).out == f"{ANSWER}\n"
+    assert run("convert", CHECKPOINT, panel).code == 1
+    refused(run("convert", CHECKPOINT, tmp_path / "other", "--decoder-quant", "q99"), "usage.invalid", 2, "q4_k_m")
