@@ -48,7 +48,9 @@ _RULES = (
     Rule("llama.attention.head_count_kv", _whole(1, 1024), "between 1 and 1024", optional=True),
     Rule("llama.attention.layer_norm_rms_epsilon", _number(0, 1), "between 0 and 1"),
     Rule("llama.rope.freq_base", _number(0, math.inf), "positive and finite", optional=True),
-    Rule("llama.rope.scaling.type", lambda v: v in ("none", "linear", "yarn", "longrope"), "a known type", optional=True),
+    Rule(
+        "llama.rope.scaling.type", lambda v: v in ("none", "linear", "yarn", "longrope"), "a known type", optional=True
+    ),
     Rule("llama.expert_count", lambda v: v == 0, "0 (mixtures of experts are not supported)", optional=True),
     Rule("split.count", lambda v: v in (0, 1), "1 (join the shards first)", optional=True),
     Rule("tokenizer.ggml.model", lambda v: v in ("gpt2", "llama"), "`gpt2` or `llama`"),

@@ -126,9 +126,7 @@ def from_json(cls: type[T], data: Any, where: str = "spec") -> T:
     unknown = sorted(set(data) - set(fields))
     if unknown:
         raise _invalid(where, f"unknown field {', '.join(unknown)}")
-    missing = sorted(
-        n for n, f in fields.items() if n not in data and f.default is dataclasses.MISSING
-    )
+    missing = sorted(n for n, f in fields.items() if n not in data and f.default is dataclasses.MISSING)
     if missing:
         raise _invalid(where, f"missing field {', '.join(missing)}")
     return cls(**{name: _value(hints[name], value, f"{where}.{name}") for name, value in data.items()})
