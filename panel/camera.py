@@ -15,7 +15,10 @@ from panel.drawing import PANEL, Colour, Point
 Range = tuple[float, float]
 
 VIEW = 256  # side of the picture in pixels
-WALLS: tuple[Colour, ...] = ((120, 118, 112), (70, 74, 80), (164, 156, 144), (44, 44, 48), (196, 196, 192), (96, 84, 72))
+PANEL_CORNERS: tuple[Point, ...] = ((0, 0), (PANEL, 0), (PANEL, PANEL), (0, PANEL))  # clockwise from the top left
+WALLS: tuple[Colour, ...] = (
+    (120, 118, 112), (70, 74, 80), (164, 156, 144), (44, 44, 48), (196, 196, 192), (96, 84, 72),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,15 +58,28 @@ def _draw_shot(difficulty: str, rng: random.Random) -> dict[str, float]:
     return shot
 
 
+def _aim(seed: int, difficulty: str) -> tuple[random.Random, dict[str, float], list[Point]]:
+    """The shot's random source, its impairments and where the panel's corners land in the picture."""
+    # The panel itself depends on the seed only; the shot on the seed and the difficulty.
+    rng = random.Random(f"{difficulty}/{seed}")
+    shot = _draw_shot(difficulty, rng)
+    return rng, shot, _corners(shot, rng)
+
+
+def project(points: list[Point], seed: int, difficulty: str) -> list[Point]:
+    """Where points of the panel (panel units) are in the picture of this shot (pixels)."""
+    _, _, corners = _aim(seed, difficulty)
+    a, b, c, d, e, f, g, h = _homography(list(PANEL_CORNERS), corners)
+    return [((a * x + b * y + c) / (g * x + h * y + 1), (d * x + e * y + f) / (g * x + h * y + 1)) for x, y in points]
+
+
 def photograph(front: Image.Image, seed: int, difficulty: str) -> bytes:
     """Take a picture of a panel front (RGB, square): the bytes of a `VIEW` x `VIEW` JPEG.
 
     The same `seed` and `difficulty` give the same bytes.
     """
-    # The panel itself depends on the seed only; the shot on the seed and the difficulty.
-    rng = random.Random(f"{difficulty}/{seed}")
-    shot = _draw_shot(difficulty, rng)
-    picture = _place(front, _corners(shot, rng), rng.choice(WALLS))
+    rng, shot, corners = _aim(seed, difficulty)
+    picture = _place(front, corners, rng.choice(WALLS))
     if shot["blur"] > 0.2:
         picture = picture.filter(ImageFilter.GaussianBlur(shot["blur"]))
     picture = _expose(picture, shot, rng)
@@ -86,20 +102,24 @@ def _corners(shot: dict[str, float], rng: random.Random) -> list[Point]:
     highs = [max(corner[axis] for corner in corners) for axis in (0, 1)]
     extent = VIEW * rng.uniform(0.9, 0.98)
     scale = extent / max(highs[0] - lows[0], highs[1] - lows[1])
-    slack = [VIEW - (high - low) * scale for low, high in zip(lows, highs)]
-    offset = [s * rng.uniform(0.3, 0.7) - low * scale for s, low in zip(slack, lows)]
+    slack = [VIEW - (high - low) * scale for low, high in zip(lows, highs, strict=True)]
+    offset = [s * rng.uniform(0.3, 0.7) - low * scale for s, low in zip(slack, lows, strict=True)]
     return [(x * scale + offset[0], y * scale + offset[1]) for x, y in corners]
+
+
+def _homography(sources: list[Point], targets: list[Point]) -> list[float]:
+    """a..h of the map (x, y) -> ((ax + by + c) / (gx + hy + 1), (dx + ey + f) / (gx + hy + 1)) of four points."""
+    rows, values = [], []
+    for (x, y), (u, v) in zip(sources, targets, strict=True):
+        rows += [[x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y]]
+        values += [u, v]
+    return np.linalg.solve(np.array(rows, np.float64), np.array(values, np.float64)).tolist()
 
 
 def _place(front: Image.Image, corners: list[Point], wall: Colour) -> Image.Image:
     """Warp the front so that its corners land on `corners`, and put it with its shadow on a wall."""
-    sources = ((0, 0), (PANEL, 0), (PANEL, PANEL), (0, PANEL))
-    rows, values = [], []
-    for (x, y), (u, v) in zip(corners, sources):
-        rows += [[x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y]]
-        values += [u, v]
-    coefficients = np.linalg.solve(np.array(rows, np.float64), np.array(values, np.float64)).tolist()
-
+    # Pillow asks from which point of the front each pixel of the picture comes.
+    coefficients = _homography(corners, list(PANEL_CORNERS))
     size = (VIEW, VIEW)
     warped = front.transform(size, Image.Transform.PERSPECTIVE, coefficients, Image.Resampling.BILINEAR)
     # One dark pixel all around, so that interpolation makes the panel's edge smooth.

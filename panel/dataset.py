@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from panel.scenes import make_scene
+from panel.scenes import Landmark, find_landmarks, make_scene
 from panel.truth import PanelTruth, sample_truth
 
 IMAGE_SIDE = 128
@@ -48,13 +48,14 @@ def write_shard(folder: Path, index: int) -> None:
 
 
 class Shards:
-    """The shards that exist so far, as pictures with truths. Indices are stable while new shards appear."""
+    """The shards that exist so far: pictures, truths, landmarks. Indices are stable while new shards appear."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._known: set[Path] = set()
         self._images_NCHW: list[np.ndarray] = []
         self.truths: list[PanelTruth] = []
+        self.landmarks: list[list[Landmark]] = []
         self.refresh()
 
     def refresh(self) -> None:
@@ -64,6 +65,7 @@ class Shards:
             self._images_NCHW.append(np.load(path, mmap_mode="r"))
             seeds = shard_seeds(int(path.stem.split("_")[1]))
             self.truths += [sample_truth(random.Random(seed)) for seed in seeds]
+            self.landmarks += [find_landmarks(seed) for seed in seeds]
 
     def __len__(self) -> int:
         return len(self.truths)

@@ -24,6 +24,8 @@ PANEL = 256
 SUPERSAMPLE = 2
 GLOW_SIZE = 128  # glow is blurred at this resolution: it has no detail worth more
 
+CELL_WIDTH, CELL_HEIGHT, CELL_PITCH = 32.0, 62.0, 51.0  # of a digit
+
 # Which of the segments a..g of a digit are lit.
 SEGMENTS = {
     "0": "abcdef", "1": "bc", "2": "abdeg", "3": "abcdg", "4": "bcfg",
@@ -102,9 +104,44 @@ def sample_style(rng: random.Random, truth: PanelTruth) -> Style:
     )
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Where the parts of a panel are."""
+
+    display: Box
+    cells: tuple[Point, ...]  # top left corner of each digit cell, blank ones included
+    gauge: Point  # centre
+    lamps: tuple[Point, ...]  # centres, in mounting order
+
+
+def layout_of(truth: PanelTruth, style: Style) -> Layout:
+    """Place the parts: the display above or below, the gauge beside the lamps, the lamps on a grid."""
+    top = 20.0 if style.display_on_top else 152.0
+    display = (20.0, top, 236.0, top + 84.0)
+    slots = style.display_slots
+    # Centred; a slanted digit leans to the right, the room for its point is on the right too.
+    first = PANEL / 2 - CELL_PITCH * slots / 2 + (CELL_PITCH - CELL_WIDTH) / 2 - CELL_HEIGHT * style.slant / 2 - 2
+    cell_top = top + (84.0 - CELL_HEIGHT) / 2
+
+    lower_top = 112.0 if style.display_on_top else 14.0
+    gauge_x, lamps_x = (79.0, 150.0) if style.gauge_on_left else (177.0, 20.0)
+    columns = min(style.lamp_columns, len(truth.lamps))
+    rows = math.ceil(len(truth.lamps) / columns)
+    places = [divmod(index, columns) for index in range(len(truth.lamps))]
+    return Layout(
+        display=display,
+        cells=tuple((first + index * CELL_PITCH, cell_top) for index in range(slots)),
+        gauge=(gauge_x, lower_top + 66.0),
+        lamps=tuple(
+            (lamps_x + 86.0 * (column + 0.5) / columns, lower_top + 10.0 + 112.0 * (row + 0.5) / rows)
+            for row, column in places
+        ),
+    )
+
+
 def mix(a: Colour, b: Colour, weight: float) -> Colour:
     """`a` with `weight` (0..1) of `b` blended in."""
-    return tuple(round(x + (y - x) * weight) for x, y in zip(a, b))  # type: ignore[return-value]
+    return tuple(round(x + (y - x) * weight) for x, y in zip(a, b, strict=True))  # type: ignore[return-value]
 
 
 @lru_cache(maxsize=32)
@@ -160,13 +197,11 @@ class Canvas:
 def draw_panel(truth: PanelTruth, style: Style, rng: random.Random) -> Image.Image:
     """Draw the panel's front: RGB, `PANEL` x `PANEL` pixels. `rng` only places scratches and screws' slots."""
     canvas = Canvas(style.plate)
+    layout = layout_of(truth, style)
     _draw_plate(canvas, style, rng)
-    display_top = 20.0 if style.display_on_top else 152.0
-    lower_top = 112.0 if style.display_on_top else 14.0
-    gauge_x, lamps_x = (79.0, 150.0) if style.gauge_on_left else (177.0, 20.0)
-    draw_display(canvas, (20.0, display_top, 236.0, display_top + 84.0), truth.display, style)
-    draw_gauge(canvas, (gauge_x, lower_top + 66.0), 60.0, truth.gauge, style)
-    draw_lamps(canvas, (lamps_x, lower_top + 10.0, lamps_x + 86.0, lower_top + 122.0), truth, style)
+    draw_display(canvas, layout, truth.display, style)
+    draw_gauge(canvas, layout.gauge, truth.gauge, style)
+    draw_lamps(canvas, layout.lamps, truth, style)
     return canvas.finish()
 
 
@@ -186,8 +221,9 @@ def _draw_plate(canvas: Canvas, style: Style, rng: random.Random) -> None:
             canvas.line((x - dx, y - dy), (x + dx, y + dy), (84, 86, 88), 1.2)
 
 
-def _segment_polygons(left: float, top: float, width: float, height: float, style: Style) -> dict[str, list[Point]]:
+def _segment_polygons(cell: Point, style: Style) -> dict[str, list[Point]]:
     """Hexagons of the seven segments of one digit cell, slanted, by segment letter."""
+    (left, top), width, height = cell, CELL_WIDTH, CELL_HEIGHT
     half, gap = style.stroke / 2, 0.7
     x0, x1 = left + half, left + width - half
     y0, y1, y2 = top + half, top + height / 2, top + height - half
@@ -208,13 +244,13 @@ def _segment_polygons(left: float, top: float, width: float, height: float, styl
     return {name: [(x + (bottom - y) * style.slant, y) for x, y in points] for name, points in upright.items()}
 
 
-def draw_display(canvas: Canvas, box: Box, text: str, style: Style) -> None:
+def draw_display(canvas: Canvas, layout: Layout, text: str, style: Style) -> None:
     """Draw a seven-segment display that shows `text`, right-aligned in its digit positions."""
     ground, lit = DISPLAY_COLOURS[style.display]
-    left, top, right, bottom = box
+    left, top, right, bottom = layout.display
     canvas.box((left - 4, top - 4, right + 4, bottom + 4), mix(style.plate, (0, 0, 0), 0.6), 7)
     canvas.box((left - 4, top - 2, right + 4, bottom + 4), (34, 35, 38), 7)
-    canvas.box(box, ground, 4)
+    canvas.box(layout.display, ground, 4)
     ghost = mix(ground, lit, style.ghost)
     glows = style.display != "lcd"
     light = mix((0, 0, 0), lit, 0.55)
@@ -222,18 +258,14 @@ def draw_display(canvas: Canvas, box: Box, text: str, style: Style) -> None:
     digits = text.replace(".", "").rjust(style.display_slots)
     # The point belongs to the digit before it; with no point, index -1 matches no position.
     point_after = style.display_slots - len(text.split(".")[1]) - 1 if "." in text else -1
-    pitch, width, height = 51.0, 32.0, 62.0
-    start = (left + right) / 2 - pitch * style.display_slots / 2 + (pitch - width) / 2 - height * style.slant / 2 - 2
-    cell_top = (top + bottom - height) / 2
-    for index, digit in enumerate(digits):
-        cell_left = start + index * pitch
-        for name, points in _segment_polygons(cell_left, cell_top, width, height, style).items():
+    for index, (digit, cell) in enumerate(zip(digits, layout.cells, strict=True)):
+        for name, points in _segment_polygons(cell, style).items():
             on = name in SEGMENTS[digit]
             canvas.polygon(points, lit if on else ghost)
             if on and glows:
                 canvas.glow_polygon(points, light)
         radius = max(4.2, style.stroke * 0.58)
-        dot = (cell_left + width + (pitch - width) / 2 + 1.0, cell_top + height - radius)
+        dot = (cell[0] + (CELL_WIDTH + CELL_PITCH) / 2 + 1.0, cell[1] + CELL_HEIGHT - radius)
         on = index == point_after
         canvas.disc(dot, radius, lit if on else ghost)
         if on and glows:
@@ -246,8 +278,9 @@ def gauge_direction(value: float) -> Point:
     return math.cos(angle), math.sin(angle)
 
 
-def draw_gauge(canvas: Canvas, centre: Point, radius: float, value: float, style: Style) -> None:
+def draw_gauge(canvas: Canvas, centre: Point, value: float, style: Style) -> None:
     """Draw a round dial with a 270 degree scale from 0 (lower left) clockwise to 100 (lower right)."""
+    radius = 60.0
     face, ink = ((26, 28, 32), (226, 228, 230)) if style.dark_face else ((240, 238, 230), (34, 34, 38))
     canvas.disc((centre[0] + 1.5, centre[1] + 2.0), radius, mix(style.plate, (0, 0, 0), 0.4))
     canvas.disc(centre, radius, (58, 60, 64))
@@ -286,16 +319,11 @@ def _draw_needle(canvas: Canvas, centre: Point, length: float, value: float, sty
     canvas.disc((centre[0] - 0.8, centre[1] - 0.8), 3.2, mix(hub, (255, 255, 255), 0.25))
 
 
-def draw_lamps(canvas: Canvas, box: Box, truth: PanelTruth, style: Style) -> None:
-    """Draw the lamps on a grid in `box`, row by row in mounting order."""
-    left, top, right, bottom = box
-    columns = min(style.lamp_columns, len(truth.lamps))
-    rows = math.ceil(len(truth.lamps) / columns)
+def draw_lamps(canvas: Canvas, centres: tuple[Point, ...], truth: PanelTruth, style: Style) -> None:
+    """Draw the lamps, smaller where more than two stand on top of each other."""
+    rows = len({y for _, y in centres})
     radius = 15.0 if rows < 3 else 12.5
-    for index, lamp in enumerate(truth.lamps):
-        row, column = divmod(index, columns)
-        x = left + (right - left) * (column + 0.5) / columns
-        y = top + (bottom - top) * (row + 0.5) / rows
+    for (x, y), lamp in zip(centres, truth.lamps, strict=True):
         colour = LAMP_RGB[lamp.colour]
         canvas.disc((x + 1, y + 1.5), radius + 4, mix(style.plate, (0, 0, 0), 0.4))
         canvas.disc((x, y), radius + 4, (78, 80, 84))

@@ -13,6 +13,7 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "What does the display read?",
         "What does the display show?",
         "What is on the display?",
+        "What does the display say?",
         "Read the display.",
         "What number is on the display?",
         "And the display?",
@@ -53,11 +54,14 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "Describe the panel.",
         "Describe the picture.",
         "Describe the image.",
+        "Describe it.",
+        "What is in the picture?",
         "What do you see?",
         "What does the panel show?",
     ),
 }
 KINDS = tuple(WORDINGS)
+CARELESS_SHARE = 0.1
 NO_PICTURE_ANSWER = "I see no picture."
 
 
@@ -116,9 +120,14 @@ def answer(truth: PanelTruth, kind: str, colour: str | None = None) -> str:
 
 
 def sample_question(truth: PanelTruth, kind: str, rng: random.Random) -> Question:
-    """A question of this kind in a random wording, about a random colour where one is needed."""
+    """A question of this kind in a random wording, about a random colour where one is needed.
+
+    A few are typed carelessly, in lower case and without the mark at the end.
+    """
     colour = rng.choice(LAMP_COLOURS)
     text = rng.choice(WORDINGS[kind]).format(colour=colour)
+    if rng.random() < CARELESS_SHARE:
+        text = text.lower().rstrip("?.")
     return Question(kind, text, answer(truth, kind, colour))
 
 

@@ -28,7 +28,7 @@ from panel.tokens import build_tokenizer
 from panel.tower_step import Heads, augment, heads_accuracy, heads_loss, labels_of
 
 BATCH = 64
-WARM_UP = 6400  # pictures
+WARM_UP = 3200  # pictures
 LEARNING_RATES = {
     "tower": {"tower": 1e-3, "heads": 1e-3},
     # The tower keeps learning from its heads, slowly enough for the decoder to follow.
@@ -75,8 +75,10 @@ def _optimizer(step: str, model: LlavaForConditionalGeneration, heads: Heads) ->
     groups = []
     for name, rate in LEARNING_RATES[step].items():
         parameters = list(parts[name])
-        for decay, chosen in ((0.05, [p for p in parameters if p.ndim > 1]), (0.0, [p for p in parameters if p.ndim < 2])):
-            groups.append({"params": chosen, "weight_decay": decay, "peak": rate})
+        matrices = [parameter for parameter in parameters if parameter.ndim > 1]
+        vectors = [parameter for parameter in parameters if parameter.ndim < 2]
+        groups.append({"params": matrices, "weight_decay": 0.05, "peak": rate})
+        groups.append({"params": vectors, "weight_decay": 0.0, "peak": rate})
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
 
 
@@ -121,18 +123,17 @@ def train_batch(run: Run, packer: Packer, shards: Shards, total: int) -> dict[st
     truths = [shards.truths[i] for i in indices]
     rng = random.Random(run.seen)
     factor = learning_rate_factor(run.seen, total)
-    pixels = augment(pixels_BCHW(torch.from_numpy(images_BCHW)), rng, strength=min(1.0, 2 * factor))
+    pixels, motions_B23 = augment(pixels_BCHW(torch.from_numpy(images_BCHW)), rng, strength=min(1.0, 2 * factor))
     for group in run.optimizer.param_groups:
         group["lr"] = group["peak"] * factor
 
     features_BTC = image_features_BTC(run.model, pixels)
-    labels = labels_of(truths)
-    seeing = sum(heads_loss(logits_BO, labels) for logits_BO in run.heads(features_BTC))
-    losses = {"heads": seeing}
-    loss = seeing
+    labels = labels_of(truths, [shards.landmarks[i] for i in indices], motions_B23)
+    losses = heads_loss(run.heads(features_BTC), labels)
+    loss = sum(losses.values())
     if run.step == "decoder":
         losses["answers"] = answer_loss(run.model, features_BTC, packer.pack(truths, rng))
-        loss = losses["answers"] + HEADS_WEIGHT * seeing
+        loss = losses["answers"] + HEADS_WEIGHT * loss
     run.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_([p for group in run.optimizer.param_groups for p in group["params"]], 1.0)
@@ -147,11 +148,9 @@ def held_out(run: Run, packer: Packer, shards: Shards, count: int = 256) -> dict
     truths = shards.truths[:count]
     pixels = pixels_BCHW(torch.from_numpy(shards.images(np.arange(count))))
     features_BTC = image_features_BTC(run.model, pixels)
-    labels = labels_of(truths)
-    names = ("all_tokens", "mean_token")
-    report: dict[str, object] = {
-        name: heads_accuracy(logits_BO, labels) for name, logits_BO in zip(names, run.heads(features_BTC))
-    }
+    labels = labels_of(truths, shards.landmarks[:count], np.tile(np.eye(2, 3), (count, 1, 1)))
+    logits = run.heads(features_BTC)
+    report: dict[str, object] = {name: heads_accuracy(logits[name], labels) for name in ("all_tokens", "mean_token")}
     if run.step == "decoder":
         report["answers"] = round(answer_loss(run.model, features_BTC, packer.pack(truths, random.Random(0))).item(), 4)
     return report
@@ -170,12 +169,13 @@ def train(run: Run, data: Path, path: Path, total: int) -> None:
         batches = run.seen // BATCH
         if batches % LOG_EVERY == 0:
             shown = " ".join(f"{name} {value:.3f}" for name, value in average.items())
-            print(f"{run.step} {run.seen}/{total} {run.seen / run.seconds:.1f}/s {shown} data {len(shards)}", flush=True)
+            print(f"{run.step} {run.seen}/{total} {run.seen / run.seconds:.1f}/s {shown}", flush=True)
         if batches % SAVE_EVERY == 0 or run.seen >= total:
             run.save(path)
             shards.refresh()
         if batches % (2 * SAVE_EVERY) == 0 or run.seen >= total:
-            print(f"{run.step} {run.seen} {run.seconds / 60:.1f} min held out {held_out(run, packer, shards)}", flush=True)
+            minutes = run.seconds / 60
+            print(f"{run.step} {run.seen} {minutes:.1f} min held out {held_out(run, packer, shards)}", flush=True)
 
 
 def main() -> None:
