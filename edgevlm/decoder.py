@@ -90,9 +90,7 @@ class Decoder:
         # llama.cpp's flash attention works in float16 whatever the cache holds: measured against the reference, logits
         # are off by 2e-4 to 7e-4 with it and by 7e-7 without (float32 cache, tiny random model).
         exact = kv_type == "f32"
-        params.flash_attn_type = (
-            llama.LLAMA_FLASH_ATTN_TYPE_DISABLED if exact else llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        )
+        params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED if exact else llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
         params.type_k = params.type_v = {"f16": llama.GGML_TYPE_F16, "f32": llama.GGML_TYPE_F32}[kv_type]
         params.no_perf = True
         context = llama.llama_init_from_model(self._model, params)

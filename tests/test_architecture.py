@@ -22,8 +22,8 @@ REFERENCES = {"torch", "transformers", "tokenizers", "safetensors"}
 
 #: Who may import whom inside edgevlm: one direction, from the front ends down to the contracts.
 BASE = {"errors", "spec", "machine", "options", "answer", "text"}
-STAGES = {"_kernels", "image", "preprocess", "encoder", "prompt", "splice", "decoder", "sampling", "generate", "bundle", "gguf",
-          "gguf_llama", "llama", "kernels", "storage"}  # fmt: skip
+STAGES = {"_kernels", "bundle", "decoder", "encoder", "generate", "gguf", "gguf_llama", "image", "kernels", "llama",
+          "preprocess", "prompt", "sampling", "splice", "storage"}  # fmt: skip
 CONVERTERS_MAY = {"errors", "spec", "bundle", "storage", "llama", "encoder", "families", "gguf"}
 
 
