@@ -3,8 +3,8 @@
 Rules after llama.cpp's `conversion/base.py` and `llama-vocab.cpp`. Two kinds exist: byte-level BPE (`gpt2`) with a
 pre-tokenizer that llama.cpp knows by name, and SentencePiece-like BPE with byte fallback (`llama`).
 
-Known difference: where a normalizer exists, Hugging Face looks for added tokens with `normalized: true` in the normalized
-text, llama.cpp always in the original one. Control tokens of published vocabularies are `normalized: false`.
+Known difference: where a normalizer exists, Hugging Face looks for added tokens with `normalized: true` in the
+normalized text, llama.cpp always in the original one. Control tokens of published vocabularies are `normalized: false`.
 """
 
 from __future__ import annotations

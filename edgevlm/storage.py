@@ -34,7 +34,8 @@ def storage_errors(path: Path, *, needed: int | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        # numpy's `tofile` reports a short write without the reason; regular files have one only when there is no room
+        if error.errno is not None and error.errno not in _FULL:
             raise StorageError(f"cannot write {path}: {error.strerror or error}", code="storage.failed") from error
         wanted = "" if needed is None else f", it needs {megabytes(needed)}"
         raise StorageError(

@@ -32,8 +32,8 @@ VARIANTS = {
     "float16": Variant(dtype=torch.float16, feature_layer=-3),
     "spm": Variant(tower="clip", tokenizer="spm"),
 }
-# Largest difference of float32 embeddings (size ~20) and logits (size ~4). Both sides sum in float32 in different orders
-# over a few hundred terms: 1e-5 was seen; the limits of the contract are 10 and 100 times that.
+# Largest difference of float32 embeddings (size ~20) and logits (size ~4). Both sides sum in float32 in different
+# orders over a few hundred terms: 1e-5 was seen; the limits of the contract are 10 and 100 times that.
 EMBED_TOLERANCE, LOGIT_TOLERANCE = 1e-4, 1e-3
 
 

@@ -129,7 +129,7 @@ def test_whole_words_first_must_not_matter(tmp_path):
 
     convert(tiny.shared(Variant())[0], tmp_path / "fine")
     folder = changed(tmp_path, change)
-    with pytest.raises(CheckpointError, match="ignore_merges.*'jqz'"):
+    with pytest.raises(CheckpointError, match=r"ignore_merges.*'jqz'"):
         convert(folder, tmp_path / "out")
 
 

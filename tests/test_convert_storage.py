@@ -1,0 +1,219 @@
+"""A conversion that ends early leaves nothing; a file or folder that is there is complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import tiny
+from edgevlm.converters import convert
+from tiny import Variant
+
+from edgevlm import storage
+from edgevlm.bundle import open_bundle
+from edgevlm.errors import StorageError
+
+LARGER = Variant(hidden=256, n_ff=512)  # a decoder of 5 MB, so that limits can lie inside it
+
+
+def python(code: str, *arguments: object) -> list[str]:
+    """A command that runs Python code in a process of its own; it finds its arguments in `sys.argv[1:]`."""
+    return [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
+
+
+def output_of(code: str, *arguments: object) -> str:
+    done = subprocess.run(python(code, *arguments), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+CONVERT = """
+    import json, resource, sys
+    from edgevlm import errors
+    from edgevlm.converters import convert
+    folder, out, limit = sys.argv[1:]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
+    try:
+        convert(folder, out, decoder_quant="q8_0")
+        print(json.dumps(["done", ""]))
+    except errors.EdgeVLMError as error:
+        print(json.dumps([error.code, str(error)]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [4096, 300_000, 1_000_000])
+def test_a_full_disk_leaves_nothing(tmp_path, limit):
+    """RLIMIT_FSIZE stops the manifest, the exact GGUF file, and llama.cpp's own output in turn."""
+    code, message = json.loads(output_of(CONVERT, tiny.shared(LARGER)[0], tmp_path / "out", limit))
+    assert code == "storage.full", message
+    assert "no room" in message
+    assert "MB" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_inside_llama_cpp_is_told_as_such(tmp_path):
+    """The exact file (float16) fits under the limit, its F32-sized quantization does not: only llama.cpp hits it."""
+    code = CONVERT.replace(
+        'convert(folder, out, decoder_quant="q8_0")',
+        """
+        from edgevlm.converters import quant
+        from pathlib import Path
+        quant.quantize(Path(folder), Path(out), quant.RECIPES["q6_k"], size_estimate=2 * int(limit))""",
+    )
+    convert(tiny.shared(LARGER)[0], tmp_path / "bundle", decoder_quant="f16", encoder_quant="fp32")
+    found = output_of(code, tmp_path / "bundle" / "decoder.gguf", tmp_path / "out", 100_000)
+    code, message = json.loads(found)
+    assert (code, "no room" in message) == ("storage.full", True), message
+
+
+def test_too_little_room_is_told_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: type("usage", (), {"free": 1_000_000}))
+    steps = []
+    with pytest.raises(StorageError, match=r"needs .* MB, 1.0 MB are free") as caught:
+        convert(tiny.shared(Variant())[0], tmp_path / "deep" / "out", report=steps.append)
+    assert caught.value.code == "storage.full"
+    assert len(steps) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("exception", [KeyboardInterrupt, SystemExit, RuntimeError, MemoryError])
+@pytest.mark.parametrize("step", ["decoder", "encoder", "committing"])
+def test_an_interrupted_conversion_leaves_nothing(tmp_path, step, exception):
+    def interrupt(line):
+        if line.startswith(step):
+            raise exception
+
+    with pytest.raises(exception):
+        convert(tiny.shared(Variant())[0], tmp_path / "out", report=interrupt)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("step", ["decoder", "committing"])
+def test_an_interrupted_replacement_leaves_the_old_bundle(tmp_path, step):
+    convert(tiny.shared(Variant())[0], tmp_path / "out", decoder_quant="f16")
+
+    def interrupt(line):
+        if line.startswith(step):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(tiny.shared(Variant())[0], tmp_path / "out", decoder_quant="f32", overwrite=True, report=interrupt)
+    assert open_bundle(tmp_path / "out").manifest.provenance["arguments"]["decoder_quant"] == "f16"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+LOOP = """
+    import sys
+    from edgevlm.converters import convert
+    for i in range(1000):
+        convert(sys.argv[1], sys.argv[2], decoder_quant="q8_0", overwrite=True)
+        print(i, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_conversion_never_leaves_a_part(tmp_path):
+    """kill -9 at six moments of a replacement: what is at OUT opens with all hashes, or nothing is there."""
+    folder, out = tiny.shared(Variant())[0], tmp_path / "out"
+    for moment in range(6):
+        with subprocess.Popen(python(LOOP, folder, out), stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdout.readline() == "0\n"
+            time.sleep(0.017 * moment)
+            child.send_signal(signal.SIGKILL)
+        if out.exists():
+            open_bundle(out)
+        else:  # between the two renames of a replacement: the old bundle waits beside
+            (aside, *_) = [path for path in tmp_path.glob(".out.*.tmp") if (path / "bundle.json").exists()]
+            open_bundle(aside)
+
+
+def test_a_read_only_place_is_a_storage_error(tmp_path):
+    with pytest.raises(StorageError) as caught:
+        convert(tiny.shared(Variant())[0], "/proc/edgevlm-out")
+    assert caught.value.code in ("storage.failed", "storage.full")
+
+
+# the helpers themselves
+
+
+def test_atomic_write_replaces_all_or_nothing(tmp_path):
+    path = tmp_path / "file"
+    storage.atomic_write(path, b"old")
+    storage.atomic_write(path, b"new")
+    assert path.read_bytes() == b"new"
+    code = """
+        import resource, sys
+        from pathlib import Path
+        from edgevlm import errors, storage
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        try:
+            storage.atomic_write(Path(sys.argv[1]), bytes(1000))
+        except errors.StorageError as error:
+            print(error.code)
+    """
+    assert output_of(code, path) == "storage.full\n"
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_failed_flush_is_an_error_and_leaves_the_old_file(tmp_path, monkeypatch, call):
+    path = tmp_path / "file"
+    storage.atomic_write(path, b"old")
+
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(storage.os, call, fail)
+    with pytest.raises(StorageError) as caught:
+        storage.atomic_write(path, b"new")
+    assert caught.value.code == "storage.failed"
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_every_file_and_both_folders_are_flushed_before_the_rename(tmp_path, monkeypatch):
+    events = []
+    real_fsync, real_rename = os.fsync, os.rename
+
+    def fsync(descriptor):
+        events.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        real_fsync(descriptor)
+
+    def rename(old, new):
+        events.append("rename")
+        real_rename(old, new)
+
+    monkeypatch.setattr(storage.os, "fsync", fsync)
+    monkeypatch.setattr(storage.os, "rename", rename)
+    with storage.commit_folder(tmp_path / "out") as building:
+        (building / "a").write_text("a")
+        (building / "b").write_text("b")
+    at = events.index("rename")
+    assert set(events[:at]) == {"a", "b", building.name}
+    assert events[at - 1] == building.name
+    assert events[at + 1 :] == [tmp_path.name]
+
+
+def test_a_folder_that_appears_meanwhile_is_kept(tmp_path):
+    def build():
+        with storage.commit_folder(tmp_path / "out") as building:
+            (building / "a").write_text("a")
+            (tmp_path / "out").mkdir()
+
+    with pytest.raises(StorageError, match="appeared"):
+        build()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_limits_of_this_process_are_untouched():
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
