@@ -12,14 +12,16 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 from edgevlm.converters import gguf_decoder, quant, verify
 from edgevlm.converters.checkpoint import Checkpoint, finite, open_checkpoint, stat_all
 from edgevlm.converters.mapping import Mapped, Source, map_tensors
-from edgevlm.converters.onnx_vision import EncoderQuant, Weights, build_encoder
+from edgevlm.converters.onnx_vision import EncoderQuant, build_encoder
 from edgevlm.converters.provenance import general_keys, provenance
 from edgevlm.converters.quant import Recipe
 from edgevlm.converters.resolve import Resolved, resolve
 from edgevlm.converters.tokenizer import read_vocabulary, token_texts
+from numpy.typing import NDArray
 
 from edgevlm import families
 from edgevlm.bundle import FORMAT, MANIFEST_NAME, Manifest, file_entry, write_manifest
@@ -164,8 +166,10 @@ def _convert_decoder(
 
 def _convert_encoder(building: Path, resolved: Resolved, mapped: Mapped, encoder_quant: str) -> dict[str, object]:
     """Write encoder.onnx and its data; the float32 graph is built as well when int8 has to be compared with it."""
-    tower, connector = _reader(mapped.tower), _reader(mapped.connector)
+    tower, connector = Reader(mapped.tower), Reader(mapped.connector)
     build_encoder(building / ENCODER, resolved, tower, connector, encoder_quant)  # type: ignore[arg-type]
+    for reader in (tower, connector):
+        reader.check_all_used()
     if encoder_quant == "fp32":
         return {"against": "the checkpoint's weights", "relative_error": 0.0}
     exact = building / "exact.onnx"
@@ -176,5 +180,17 @@ def _convert_encoder(building: Path, resolved: Resolved, mapped: Mapped, encoder
     return cost
 
 
-def _reader(sources: Mapping[str, Source]) -> Weights:
-    return lambda name: finite(sources[name].tensor)
+class Reader:
+    """Weights by our own names, as float32; remembers which were asked for."""
+
+    def __init__(self, sources: Mapping[str, Source]) -> None:
+        self._sources = sources
+        self._unread = set(sources)
+
+    def __call__(self, name: str) -> NDArray[np.float32]:
+        self._unread.discard(name)
+        return finite(self._sources[name].tensor)
+
+    def check_all_used(self) -> None:
+        """A declared weight that no layer function reads is our bug: the graph would compute something else."""
+        assert not self._unread, f"weights without a place in the graph: {sorted(self._unread)}"

@@ -10,7 +10,9 @@ branch and opens the next:
     delta = MatMul(activation(MatMul(n, W1) + b1), W2)
 
 With int8 weights, the products Wqkv, Wo, W1 and W2 are DynamicQuantizeMatMul; patch embedding, norms, attention and the
-connector's last product stay in float32.
+connector stay in float32. The connector reads the residual stream itself, without a norm: its few large channels would
+stretch the one scale that an activation tensor has (measured: 0.043 relative error with it in int8, 0.013 without; no
+other product matters as much).
 """
 
 from __future__ import annotations
@@ -47,16 +49,20 @@ class Build:
         """A tower weight as it is."""
         return self.graph.weight(name, self.tower(name))
 
-    def product(self, x: Any, name: str, weight_KN: NDArray[np.float32], *, exact: bool = False) -> Any:
-        """`x @ weight`, in int8 if that is wanted and `exact` does not forbid it.
+    def exact_product(self, x: Any, name: str, weight_KN: NDArray[np.float32]) -> Any:
+        """`x @ weight` in float32, with the arguments of `product`."""
+        return self.graph.op.MatMul(x, self.graph.weight(name, weight_KN))
+
+    def product(self, x: Any, name: str, weight_KN: NDArray[np.float32]) -> Any:
+        """`x @ weight` in the wanted type.
 
         Args:
             x: [T, N, inputs].
             name: Name of the weight.
             weight_KN: [inputs, outputs].
         """
-        if exact or self.quant == "fp32":
-            return self.graph.op.MatMul(x, self.graph.weight(name, weight_KN))
+        if self.quant == "fp32":
+            return self.exact_product(x, name, weight_KN)
         int8_KN, scale_N = quantize_columns(weight_KN)
         return self.graph.op.DynamicQuantizeMatMul(
             x,
@@ -197,20 +203,20 @@ def _biased_activation(graph: Graph, x: Any, name: str, bias: NDArray[np.float32
 
 
 def mlp(build: Build, states_TND: Any) -> Any:
-    """Two linear layers with an activation between them. The last product makes the decoder's input: always float32."""
+    """Two linear layers with an activation between them, always float32."""
     graph, spec = build.graph, build.resolved.spec.encoder
     has_bias = bool(build.resolved.sizes["connector_bias"])
     zeros = np.zeros(spec.n_embd, np.float32)
-    hidden = build.product(states_TND, "fc1.weight", build.connector("fc1.weight").T)
+    hidden = build.exact_product(states_TND, "fc1.weight", build.connector("fc1.weight").T)
     bias = build.connector("fc1.bias") if has_bias else zeros
     hidden = _biased_activation(graph, hidden, "fc1.bias", bias, spec.connector_activation)
-    embeds = build.product(hidden, "fc2.weight", build.connector("fc2.weight").T, exact=True)
+    embeds = build.exact_product(hidden, "fc2.weight", build.connector("fc2.weight").T)
     return graph.op.Add(embeds, graph.weight("fc2.bias", build.connector("fc2.bias"))) if has_bias else embeds
 
 
 def linear(build: Build, states_TND: Any) -> Any:
-    """One linear layer, always float32: it makes the decoder's input."""
-    product = build.product(states_TND, "fc1.weight", build.connector("fc1.weight").T, exact=True)
+    """One linear layer, always float32."""
+    product = build.exact_product(states_TND, "fc1.weight", build.connector("fc1.weight").T)
     return build.graph.op.Add(product, build.graph.weight("fc1.bias", build.connector("fc1.bias")))
 
 
