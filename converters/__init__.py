@@ -8,8 +8,10 @@ onnx_vision.py  the encoder's graph (onnx_graph.py)      verify.py        what i
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -84,41 +86,57 @@ def convert(
         raise UsageError(f"encoder_quant is {encoder_quant!r}, it must be one of {', '.join(ENCODER_QUANTS)}")
     folder, out = Path(checkpoint).absolute(), Path(out).absolute()
     _check_out(out, overwrite=overwrite)
-    name = name or folder.name
-
     tell(f"reading {folder}")
-    opened = open_checkpoint(folder)
-    before = stat_all(opened)
-    family = families.find(_architectures(opened), known_families)
-    resolved = resolve(family, opened.config, opened.image_processor(), token_texts(opened), name=name)
-    mapped = map_tensors(family, resolved, opened.tensors)
+    model = _read(folder, name or folder.name, known_families)
     arguments = {"decoder_quant": wanted.name, "encoder_quant": encoder_quant}
-    record = provenance(opened, source=source or name, arguments=arguments)
-    require_free(out, _bytes_needed(mapped, wanted, encoder_quant))
-
+    record = provenance(model.checkpoint, source=source or name or folder.name, arguments=arguments)
+    require_free(out, _bytes_needed(model.mapped, wanted, encoder_quant))
     with commit_folder(out, replace=overwrite) as building:
         tell(f"decoder to {wanted.name}")
-        decoder_cost = _convert_decoder(building, opened, resolved, mapped, wanted, general_keys(opened, name))
+        decoder_cost = _convert_decoder(building, model, wanted)
         tell(f"encoder to {encoder_quant}")
-        encoder_cost = _convert_encoder(building, resolved, mapped, encoder_quant)
-        if stat_all(opened) != before:
-            raise CheckpointError(
-                f"{folder} changed while it was being read; convert it again", code="checkpoint.invalid"
-            )
+        encoder_cost = _convert_encoder(building, model, encoder_quant)
+        model.check_unchanged()
         manifest = Manifest(
             format=FORMAT,
-            spec=resolved.spec,
+            spec=model.resolved.spec,
             files=(
                 file_entry(building / DECODER, "decoder"),
                 file_entry(building / ENCODER, "encoder"),
                 file_entry(building / f"{ENCODER}.data", "encoder-data"),
             ),
-            provenance={**record, "unused_tensors": list(mapped.unused)},
+            provenance={**record, "unused_tensors": list(model.mapped.unused)},
             fidelity={"decoder": decoder_cost, "encoder": encoder_cost},
         )
         write_manifest(building, manifest)
         tell(f"committing {out}")
     return manifest
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A checkpoint that has been understood; `files_before` is what its files were when it was opened."""
+
+    checkpoint: Checkpoint
+    resolved: Resolved
+    mapped: Mapped
+    files_before: dict[str, tuple[int, int, int]]
+
+    def check_unchanged(self) -> None:
+        if stat_all(self.checkpoint) != self.files_before:
+            raise CheckpointError(
+                f"{self.checkpoint.folder} changed while it was being read; convert it again",
+                code="checkpoint.invalid",
+            )
+
+
+def _read(folder: Path, name: str, known_families: tuple[Family, ...] | None) -> _Model:
+    checkpoint = open_checkpoint(folder)
+    files_before = stat_all(checkpoint)
+    family = families.find(_architectures(checkpoint), known_families)
+    tokens = token_texts(checkpoint)
+    resolved = resolve(family, checkpoint.config, checkpoint.image_processor(), tokens, name=name)
+    return _Model(checkpoint, resolved, map_tensors(family, resolved, checkpoint.tensors), files_before)
 
 
 def _check_out(out: Path, *, overwrite: bool) -> None:
@@ -146,27 +164,27 @@ def _bytes_needed(mapped: Mapped, wanted: Recipe, encoder_quant: str) -> int:
     return stored + int(matrices * wanted.bits / 8) + encoder * (4 if encoder_quant == "fp32" else 5) + (16 << 20)
 
 
-def _convert_decoder(
-    building: Path, opened: Checkpoint, resolved: Resolved, mapped: Mapped, wanted: Recipe, general: dict[str, str]
-) -> dict[str, object]:
+def _convert_decoder(building: Path, model: _Model, wanted: Recipe) -> dict[str, object]:
     """Write decoder.gguf, by way of a file at the checkpoint's own precision unless the recipe only rounds."""
-    llama = resolved.llama
+    resolved, mapped, llama = model.resolved, model.mapped, model.resolved.llama
     ids = {"bos": llama.bos, "eos": llama.eos, "padding": llama.pad}
-    vocabulary = read_vocabulary(opened, rows=resolved.spec.decoder.vocab, ids=ids)
+    vocabulary = read_vocabulary(model.checkpoint, rows=resolved.spec.decoder.vocab, ids=ids)
+    general = general_keys(model.checkpoint, resolved.spec.name)
     tensors = gguf_decoder.plan(mapped, resolved, wanted)
     final, exact = building / DECODER, building / "decoder.exact.gguf"
     written = final if wanted.direct else exact
     gguf_decoder.write(written, resolved, vocabulary, tensors, wanted.file_type, general)
     if not wanted.direct:
-        estimate = int(sum(tensor.nbytes for tensor in tensors) * wanted.bits / 16)
+        estimate = int(sum(math.prod(tensor.shape) for tensor in tensors) * wanted.bits / 8)
         quant.quantize(exact, final, wanted, size_estimate=estimate)
         exact.unlink()
     return verify.decoder_fidelity(final, gguf_decoder.exact_matrices(mapped), wanted)
 
 
-def _convert_encoder(building: Path, resolved: Resolved, mapped: Mapped, encoder_quant: str) -> dict[str, object]:
+def _convert_encoder(building: Path, model: _Model, encoder_quant: str) -> dict[str, object]:
     """Write encoder.onnx and its data; the float32 graph is built as well when int8 has to be compared with it."""
-    tower, connector = Reader(mapped.tower), Reader(mapped.connector)
+    resolved = model.resolved
+    tower, connector = Reader(model.mapped.tower), Reader(model.mapped.connector)
     build_encoder(building / ENCODER, resolved, tower, connector, encoder_quant)  # type: ignore[arg-type]
     for reader in (tower, connector):
         reader.check_all_used()

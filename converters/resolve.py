@@ -44,7 +44,6 @@ class Resolved:
         spec: What the runtime will obey.
         tower: The tower that the checkpoint has.
         llama: Sizes of the decoder.
-        class_token: 1 if the sequence inside the tower begins with a class token.
         cut_first: Whether the first position of the selected state is cut off.
         tower_layers: Blocks in the checkpoint; `spec.encoder.layers` of them run.
         sizes: Size names that `Weight.shape`, `.transform` and `.when` refer to.
@@ -53,7 +52,6 @@ class Resolved:
     spec: ModelSpec
     tower: Tower
     llama: LlamaSizes
-    class_token: int
     cut_first: bool
     tower_layers: int
     sizes: Mapping[str, int]
@@ -78,13 +76,8 @@ def resolve(
     vision_data, text_data = top.get(family.vision_section), top.get(family.text_section)
     tower = _find_tower(family, vision_data)
     vision = Section(f"config.json: {family.vision_section}", vision_data, tower.keys)
-    if isinstance(text_data, dict) and text_data.get("model_type", family.decoder.kind) != family.decoder.kind:
-        raise unsupported(
-            f"the decoder is {text_data['model_type']!r}, the family {family.name} has {family.decoder.kind!r}"
-        )
+    _check_decoder_kind(family, text_data)
     text = Section(f"config.json: {family.text_section}", text_data, family.decoder.keys)
-
-    llama = _resolve_llama(top, text)
     decoder = DecoderSpec(
         arch="llama",
         layers=text.size("num_hidden_layers", _MOST_LAYERS),
@@ -95,16 +88,29 @@ def resolve(
     positions = (vision.size("image_size") // vision.size("patch_size")) ** 2 + tower.class_token
     cut_first = _strategy(family, top) == "default"
     encoder = _resolve_encoder(family, tower, top, vision, n_tokens=positions - cut_first, n_embd=decoder.n_embd)
-    image = resolve_image(family.processors, processor, side_px=vision.size("image_size"))
     spec = ModelSpec(
         name=name,
         family=family.name,
-        image=image,
+        image=resolve_image(family.processors, processor, side_px=vision.size("image_size")),
         encoder=encoder,
         decoder=decoder,
         prompt=PromptSpec(image_token=_image_token(family, top, tokens)),
     )
-    sizes = {
+    llama = _resolve_llama(top, text)
+    return Resolved(
+        spec=spec,
+        tower=tower,
+        llama=llama,
+        cut_first=cut_first,
+        tower_layers=vision.size("num_hidden_layers", _MOST_LAYERS),
+        sizes=_sizes(spec, llama, positions=positions, connector_bias=_connector_bias(top, family)),
+    )
+
+
+def _sizes(spec: ModelSpec, llama: LlamaSizes, *, positions: int, connector_bias: bool) -> dict[str, int]:
+    """The names in which families give shapes."""
+    encoder, decoder = spec.encoder, spec.decoder
+    return {
         "channels": 3,
         "hidden": encoder.hidden,
         "intermediate": encoder.intermediate,
@@ -112,7 +118,7 @@ def resolve(
         "positions": positions,
         "features": encoder.hidden,
         "post_norm": int(encoder.post_norm),
-        "connector_bias": int(_connector_bias(top, family)),
+        "connector_bias": int(connector_bias),
         "n_embd": decoder.n_embd,
         "n_ff": llama.n_ff,
         "vocab": decoder.vocab,
@@ -121,10 +127,12 @@ def resolve(
         "q_rows": llama.heads * llama.head_dim,
         "kv_rows": llama.heads_kv * llama.head_dim,
     }
-    return Resolved(
-        spec=spec, tower=tower, llama=llama, class_token=tower.class_token, cut_first=cut_first,
-        tower_layers=vision.size("num_hidden_layers", _MOST_LAYERS), sizes=sizes,
-    )  # fmt: skip
+
+
+def _check_decoder_kind(family: Family, text: Any) -> None:
+    found = text.get("model_type", family.decoder.kind) if isinstance(text, dict) else family.decoder.kind
+    if found != family.decoder.kind:
+        raise unsupported(f"the decoder is {found!r}, the family {family.name} has {family.decoder.kind!r}")
 
 
 def _find_tower(family: Family, vision: Any) -> Tower:
@@ -142,10 +150,8 @@ def _resolve_encoder(
     hidden, heads = vision.size("hidden_size"), vision.size("num_attention_heads")
     if hidden % heads:
         raise invalid(f"{vision.where}: {heads} attention heads do not divide the width {hidden}")
-    if top.get("image_seq_length") not in (None, n_tokens) if "image_seq_length" in family.keys.read else False:
-        raise invalid(
-            f"config.json says image_seq_length {top.get('image_seq_length')}, the tower gives {n_tokens} positions"
-        )
+    if "image_seq_length" in family.keys.read and (found := top.get("image_seq_length")) not in (None, n_tokens):
+        raise invalid(f"config.json says image_seq_length {found}, the tower gives {n_tokens} positions")
     has_activation = "projector_hidden_act" in family.connector.keys.read
     return EncoderSpec(
         tower=tower.kind,  # type: ignore[arg-type]
