@@ -1,6 +1,6 @@
 """Vision towers and connectors as ONNX graphs: fused operators of ONNX Runtime, built from declared weights.
 
-One block (pre-norm), 8 nodes in float32; `h` is the residual stream and each SkipLayerNormalization closes one residual
+One block (pre-norm), nine nodes; `h` is the residual stream and each SkipLayerNormalization closes one residual
 branch and opens the next:
 
     n, h = SkipLayerNormalization(h, delta, ln1, bias of delta)

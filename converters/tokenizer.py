@@ -25,7 +25,8 @@ _LLAMA3_REGEX = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _WHOLE_WORDS_FIRST = {"llama-bpe"}  # names for which llama.cpp looks a whole word up before it merges
-_DEEPSEEK_MARKS = ("[\r\n]", r"\s+$")  # first and fourth split of DeepSeek LLM, between its long letter classes
+# How the five splits of DeepSeek LLM begin; the second lists some hundred ranges of letters.
+_DEEPSEEK_SPLITS = ("[\r\n]", r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿ", r"\s?[!-/:-~！-／：-～", r"\s+$", "[一-龥ࠀ-一가-\ud7ff]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +213,7 @@ def _recognise(pre_tokenizer: Any) -> str:
         return "gpt-2"
     if shape == ["Split", "ByteLevel"] and regexes == [_GPT2_REGEX] and not own_regex:
         return "gpt-2"
-    if shape == ["Split"] * 5 + ["Digits", "ByteLevel"] and (regexes[0], regexes[3]) == _DEEPSEEK_MARKS:
+    if shape == ["Split"] * 5 + ["Digits", "ByteLevel"] and all(map(str.startswith, regexes, _DEEPSEEK_SPLITS)):
         return "deepseek-llm"
     raise unsupported(
         f"an unknown pre-tokenizer ({', '.join(map(str, shape))}; {regexes}): llama.cpp would split other words"

@@ -7,6 +7,7 @@ import json
 import pytest
 import tiny
 from edgevlm.converters import convert
+from edgevlm.converters.tokenizer import _recognise
 from tiny import Variant
 
 from edgevlm.decoder import Decoder
@@ -131,6 +132,26 @@ def test_whole_words_first_must_not_matter(tmp_path):
     folder = changed(tmp_path, change)
     with pytest.raises(CheckpointError, match=r"ignore_merges.*'jqz'"):
         convert(folder, tmp_path / "out")
+
+
+def test_deepseek_is_recognised_by_its_five_splits():
+    """Its published pre-tokenizer, with the letters shortened; the file itself is not at hand."""
+    regexes = [
+        "[\r\n]",
+        "\\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓ]+",
+        "\\s?[!-/:-~！-／：-～‘-‟　-。]+",
+        "\\s+$",
+        "[一-龥ࠀ-一가-\ud7ff]+",
+    ]
+    steps = [
+        {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False} for regex in regexes
+    ]
+    steps.append({"type": "Digits", "individual_digits": True})
+    steps.append({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False})
+    assert _recognise({"type": "Sequence", "pretokenizers": steps}) == "deepseek-llm"
+    steps[1], steps[2] = steps[2], steps[1]
+    with pytest.raises(CheckpointError, match="unknown pre-tokenizer"):
+        _recognise({"type": "Sequence", "pretokenizers": steps})
 
 
 @pytest.mark.parametrize("place", ["jinja", "json", "config", "named"])

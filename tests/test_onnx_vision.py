@@ -38,7 +38,7 @@ def kinds(out):
 
 
 @pytest.mark.parametrize(("tower", "layers"), [("siglip", 3), ("clip", 2)])
-def test_a_block_is_eight_fused_nodes(bundles, tower, layers):
+def test_a_block_is_nine_fused_nodes(bundles, tower, layers):
     graph, found = kinds(bundles[tower, "fp32"][0])
     assert found["MultiHeadAttention"] == layers
     assert found["SkipLayerNormalization"] == 2 * layers - 1  # the first norm of all has no branch to close
