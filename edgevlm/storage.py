@@ -7,7 +7,10 @@ once. A failed flush is final: the kernel may have dropped the pages, so trying 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import fcntl
+import glob
 import os
 import secrets
 import shutil
@@ -92,11 +95,12 @@ def atomic_write(path: Path, content: bytes) -> None:
 def commit_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
     """Build a folder under a temporary name; it becomes `out` when the block ends, and vanishes if the block raises.
 
-    The temporary folder lies beside `out`, named `.NAME.RANDOM.tmp`. Only a killed process leaves it behind.
+    The temporary folder lies beside `out`, named `.NAME.RANDOM.tmp`, and is locked. Only a killed process leaves one
+    behind; the next call for the same `out` removes it.
 
     Args:
         out: The final place.
-        replace: Whether a folder at `out` gives way. It is renamed aside first and removed after the commit.
+        replace: Whether a folder at `out` gives way; it is exchanged in one step and removed afterwards.
 
     Yields:
         The temporary folder, empty.
@@ -108,8 +112,11 @@ def commit_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
     building = _temporary_name(out)
     with storage_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(out)
         building.mkdir()
+        lock = os.open(building, os.O_RDONLY | os.O_DIRECTORY)
     try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield building
         with storage_errors(out):
             for file in building.iterdir():
@@ -117,29 +124,53 @@ def commit_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
             sync_folder(building)
             _move(building, out, replace=replace)
     finally:
-        # After a commit the name is gone; on any failure, KeyboardInterrupt included, this removes the remains.
+        # After a commit this name is gone or holds the old folder; on any failure, KeyboardInterrupt included, it holds
+        # what was built so far.
         shutil.rmtree(building, ignore_errors=True)
+        os.close(lock)
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Remove temporary folders of `out` that no living process has locked."""
+    for folder in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
+        if not folder.is_dir():
+            continue
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        except BlockingIOError:
+            pass  # somebody builds there
+        finally:
+            os.close(descriptor)
 
 
 def _move(building: Path, out: Path, *, replace: bool) -> None:
     if not os.path.lexists(out):
         os.rename(building, out)
-        sync_folder(out.parent)
-        return
-    if not replace:
+    elif not replace:
         raise StorageError(
             f"{out} appeared while it was being built; remove it or choose another name", code="storage.exists"
         )
-    # A folder cannot be renamed over a folder that has content: move the old one aside, and back if that fails.
-    old = _temporary_name(out)
-    os.rename(out, old)
-    try:
-        os.rename(building, out)
-    except BaseException:
-        os.rename(old, out)
-        raise
+    elif not _exchange(building, out):
+        # Two renames, and a moment without `out` between them. The name of the old folder is not a temporary one, so
+        # that nothing ever removes it unasked.
+        old = out.with_name(f".{out.name}.{secrets.token_hex(4)}.old")
+        os.rename(out, old)
+        try:
+            os.rename(building, out)
+        except BaseException:
+            os.rename(old, out)
+            raise
+        os.rename(old, building)
     sync_folder(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step (Linux's renameat2), or return False where system or file system cannot."""
+    swap = getattr(ctypes.CDLL(None), "renameat2", None)
+    at_cwd, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return swap is not None and swap(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0
 
 
 def sync_folder(folder: Path) -> None:

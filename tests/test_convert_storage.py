@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,18 +122,50 @@ LOOP = """
 
 @pytest.mark.slow
 def test_a_killed_conversion_never_leaves_a_part(tmp_path):
-    """kill -9 at six moments of a replacement: what is at OUT opens with all hashes, or nothing is there."""
+    """kill -9 at six moments of a replacement: what is at OUT always opens, with all hashes."""
     folder, out = tiny.shared(Variant())[0], tmp_path / "out"
     for moment in range(6):
         with subprocess.Popen(python(LOOP, folder, out), stdout=subprocess.PIPE, text=True) as child:
             assert child.stdout.readline() == "0\n"
             time.sleep(0.017 * moment)
             child.send_signal(signal.SIGKILL)
-        if out.exists():
-            open_bundle(out)
-        else:  # between the two renames of a replacement: the old bundle waits beside
-            (aside, *_) = [path for path in tmp_path.glob(".out.*.tmp") if (path / "bundle.json").exists()]
-            open_bundle(aside)
+        open_bundle(out)
+    convert(folder, out, overwrite=True)
+    assert list(tmp_path.iterdir()) == [out]  # what the killed processes left is gone
+
+
+def test_only_abandoned_folders_are_removed(tmp_path):
+    with storage.commit_folder(tmp_path / "out") as first:
+        (first / "a").write_text("first")
+        abandoned = tmp_path / ".out.12345678.tmp"
+        abandoned.mkdir()
+        other = tmp_path / ".other.12345678.tmp"
+        other.mkdir()
+        with storage.commit_folder(tmp_path / "out") as second:
+            assert (first.exists(), second.exists(), abandoned.exists(), other.exists()) == (True, True, False, True)
+            (second / "a").write_text("second")
+        shutil.rmtree(tmp_path / "out")
+    assert (tmp_path / "out" / "a").read_text() == "first"
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_folder_is_replaced_whether_or_not_the_system_can_exchange_names(tmp_path, monkeypatch, can_exchange):
+    if not can_exchange:
+        monkeypatch.setattr(storage, "_exchange", lambda one, other: False)
+    for content in ("old", "new"):
+        with storage.commit_folder(tmp_path / "out", replace=True) as building:
+            (building / "a").write_text(content)
+    assert (tmp_path / "out" / "a").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_names_are_exchanged_in_one_step_here(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    assert storage._exchange(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "a" / "b").exists()
+    assert not storage._exchange(tmp_path / "a", tmp_path / "nowhere")
 
 
 def test_a_read_only_place_is_a_storage_error(tmp_path):
@@ -213,7 +245,3 @@ def test_a_folder_that_appears_meanwhile_is_kept(tmp_path):
     with pytest.raises(StorageError, match="appeared"):
         build()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_limits_of_this_process_are_untouched():
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
