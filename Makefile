@@ -6,6 +6,7 @@
 #   make setup    the same with the test tools and the reference implementations
 #   make lint     ruff and mypy
 #   make bench    time every stage on this machine
+#   make bundle   convert panel/checkpoint to the built-in bundle again
 #   make clean    remove what was built (`make distclean` removes the virtual environment as well)
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --quiet install --constraint constraints.txt
 
-.PHONY: setup build demo test lint bench clean distclean
+.PHONY: setup build demo test lint bench bundle clean distclean
 
 build: $(VENV)/.built
 setup: $(VENV)/.dev
@@ -47,6 +48,9 @@ test: lint
 
 bench: $(VENV)/.dev
 	$(BIN)/python tests/bench_stages.py
+
+bundle: $(VENV)/.dev
+	$(BIN)/edgevlm convert panel/checkpoint edgevlm/builtin --name panel-reader --decoder-quant q8_0 --overwrite
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)/.built

@@ -15,6 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
+
+from edgevlm import families
+from edgevlm.bundle import FORMAT, MANIFEST_NAME, Manifest, file_entry, write_manifest
 from edgevlm.converters import gguf_decoder, quant, verify
 from edgevlm.converters.checkpoint import Checkpoint, finite, open_checkpoint, stat_all
 from edgevlm.converters.mapping import Mapped, Source, map_tensors
@@ -23,10 +27,6 @@ from edgevlm.converters.provenance import general_keys, provenance
 from edgevlm.converters.quant import Recipe
 from edgevlm.converters.resolve import Resolved, resolve
 from edgevlm.converters.tokenizer import read_vocabulary, token_texts
-from numpy.typing import NDArray
-
-from edgevlm import families
-from edgevlm.bundle import FORMAT, MANIFEST_NAME, Manifest, file_entry, write_manifest
 from edgevlm.errors import CheckpointError, StorageError, UsageError
 from edgevlm.families.schema import Family
 from edgevlm.storage import commit_folder, require_free

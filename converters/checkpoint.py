@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from edgevlm.converters import safetensors
-from edgevlm.converters.safetensors import Tensor
 
 from edgevlm.bundle import sha256_of
+from edgevlm.converters import safetensors
+from edgevlm.converters.safetensors import Tensor
 from edgevlm.errors import CheckpointError, FileError
 
 _JSON_LIMIT_BYTES = 256 << 20  # tokenizer.json of a large vocabulary has about 20 MB

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
 from edgevlm.converters import gguf_file
 from edgevlm.converters.checkpoint import finite
 from edgevlm.converters.gguf_file import PlannedTensor
@@ -19,7 +21,6 @@ from edgevlm.converters.quant import Recipe
 from edgevlm.converters.resolve import Resolved
 from edgevlm.converters.tokenizer import Vocabulary
 from edgevlm.converters.transforms import TRANSFORMS, rope_factors_llama3, to_bfloat16_bits, to_float16
-from numpy.typing import NDArray
 
 _ROPE_FREQS = "rope_freqs.weight"
 

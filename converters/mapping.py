@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+
 from edgevlm.converters.resolve import Resolved
 from edgevlm.converters.safetensors import Tensor
-
 from edgevlm.errors import CheckpointError
 from edgevlm.families.schema import Family, Part, Weight
 

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
+
 from edgevlm.converters.onnx_graph import Graph
 from edgevlm.converters.resolve import Resolved
 from edgevlm.converters.transforms import quantize_columns
-from numpy.typing import NDArray
-
 from edgevlm.spec import Activation
 
 EncoderQuant = Literal["fp32", "int8"]

@@ -13,7 +13,6 @@ from typing import Any
 
 from edgevlm.converters.resolve_image import resolve_image
 from edgevlm.converters.sections import Section, invalid, unsupported
-
 from edgevlm.families.schema import Family, Tower
 from edgevlm.spec import DecoderSpec, EncoderSpec, ModelSpec, PromptSpec
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgevlm.converters.sections import Section, invalid, unsupported
-
 from edgevlm.families.schema import Processor
 from edgevlm.spec import ImageSpec, Resample
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
 from edgevlm.converters import calibration, gguf_file
 from edgevlm.converters.gguf_file import StoredTensor
 from edgevlm.converters.quant import Recipe
-from numpy.typing import NDArray
-
 from edgevlm.encoder import Encoder
 from edgevlm.spec import ModelSpec
 

@@ -130,6 +130,9 @@ def convert(
     encoder_quant: Annotated[
         str, typer.Option("--encoder-quant", metavar="TYPE", help="Type of the vision encoder's weights.")
     ] = "int8",
+    name: Annotated[
+        str | None, typer.Option("--name", metavar="NAME", help="What to call the model. [default: CHECKPOINT's name]")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a bundle.")] = False,
 ) -> None:
     """Convert a Hugging Face checkpoint to a bundle.
@@ -144,8 +147,15 @@ def convert(
     """
     from edgevlm.converters import convert as convert_checkpoint
 
-    convert_checkpoint(checkpoint, out, decoder_quant=decoder_quant, encoder_quant=encoder_quant, overwrite=overwrite)
-    typer.echo(f"wrote {out}", err=True)
+    convert_checkpoint(
+        checkpoint,
+        out,
+        decoder_quant=decoder_quant,
+        encoder_quant=encoder_quant,
+        name=name,
+        overwrite=overwrite,
+        report=(lambda line: typer.echo(line, err=True)) if sys.stderr.isatty() else None,
+    )
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from edgevlm import errors
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"edgevlm": ROOT / "edgevlm", "edgevlm.converters": ROOT / "converters"}
-HEAVY = {"PIL", "onnxruntime", "llama_cpp", "gguf", "onnx_ir", "onnx", "ml_dtypes", "jinja2", "typer"}
+HEAVY = {"PIL", "onnxruntime", "llama_cpp", "gguf", "onnx_ir", "onnx", "jinja2", "typer"}
 REFERENCES = {"torch", "transformers", "tokenizers", "safetensors"}
 
 #: Who may import whom inside edgevlm: one direction, from the front ends down to the contracts.

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from edgevlm.converters import DECODER_QUANTS, convert
-from edgevlm.converters.verify import cosines, relative_error
 from tiny import Variant
 
 from edgevlm.bundle import MANIFEST_NAME, open_bundle
+from edgevlm.converters import DECODER_QUANTS, convert
+from edgevlm.converters.verify import cosines, relative_error
 from edgevlm.decoder import Decoder
 from edgevlm.encoder import Encoder
 from edgevlm.errors import StorageError, UsageError

@@ -7,11 +7,11 @@ import json
 import pytest
 import tiny
 import torch
-from edgevlm.converters import convert
 from safetensors.torch import load_file, save_file
 from tiny import Variant
 
 from edgevlm.bundle import sha256_of
+from edgevlm.converters import convert
 from edgevlm.errors import CheckpointError, FileError
 
 Q0 = "language_model.model.layers.0.self_attn.q_proj.weight"

@@ -8,10 +8,10 @@ import json
 import pytest
 import tiny
 import transformers
-from edgevlm.converters.resolve import resolve
 from tiny import Variant
 
 from edgevlm import families
+from edgevlm.converters.resolve import resolve
 from edgevlm.errors import CheckpointError
 
 FAMILY = families.find(["LlavaForConditionalGeneration"])

@@ -8,9 +8,9 @@ import struct
 import numpy as np
 import pytest
 import torch
-from edgevlm.converters import safetensors
 from safetensors.torch import save_file
 
+from edgevlm.converters import safetensors
 from edgevlm.errors import CheckpointError
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}

@@ -13,11 +13,11 @@ import time
 
 import pytest
 import tiny
-from edgevlm.converters import convert
 from tiny import Variant
 
 from edgevlm import storage
 from edgevlm.bundle import open_bundle
+from edgevlm.converters import convert
 from edgevlm.errors import StorageError
 
 LARGER = Variant(hidden=256, n_ff=512)  # a decoder of 5 MB, so that limits can lie inside it

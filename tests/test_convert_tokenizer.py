@@ -6,10 +6,10 @@ import json
 
 import pytest
 import tiny
-from edgevlm.converters import convert
-from edgevlm.converters.tokenizer import _recognise
 from tiny import Variant
 
+from edgevlm.converters import convert
+from edgevlm.converters.tokenizer import _recognise
 from edgevlm.decoder import Decoder
 from edgevlm.errors import CheckpointError
 from edgevlm.gguf import read_header

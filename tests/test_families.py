@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from edgevlm.converters import convert, onnx_vision
-from edgevlm.converters.transforms import TRANSFORMS
 
 from edgevlm import families
+from edgevlm.converters import convert, onnx_vision
+from edgevlm.converters.transforms import TRANSFORMS
 from edgevlm.encoder import Encoder
 from edgevlm.errors import CheckpointError
 from edgevlm.families.parts import LINEAR

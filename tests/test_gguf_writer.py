@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from tiny import Variant
+
 from edgevlm.converters import convert, gguf_file, quant
 from edgevlm.converters.transforms import (
     quantize_columns,
@@ -17,8 +19,6 @@ from edgevlm.converters.transforms import (
     to_bfloat16_bits,
     to_float16,
 )
-from tiny import Variant
-
 from edgevlm.errors import BackendError, CheckpointError, UsageError
 from edgevlm.gguf import read_header
 

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import onnxruntime as ort
 import pytest
+
 from edgevlm.converters.onnx_graph import Graph
 from edgevlm.converters.transforms import quantize_columns
 

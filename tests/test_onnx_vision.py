@@ -9,11 +9,11 @@ import numpy as np
 import onnx
 import pytest
 import tiny
-from edgevlm.converters import convert
-from edgevlm.converters.calibration import pictures, tiles
 from tiny import Variant
 
 from edgevlm import families
+from edgevlm.converters import convert
+from edgevlm.converters.calibration import pictures, tiles
 from edgevlm.encoder import Encoder
 from edgevlm.errors import CheckpointError
 from edgevlm.families.parts import MLP

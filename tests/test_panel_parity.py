@@ -165,8 +165,8 @@ def test_greedy_answers_are_the_references_on_200_panels(exact: edgevlm.Model) -
 
 
 def test_the_committed_bundle_is_the_committed_checkpoint_converted(tmp_path: Path) -> None:
-    arguments = open_bundle(BUILTIN).manifest.provenance["arguments"]
-    edgevlm.convert(CHECKPOINT, tmp_path / "again", **arguments)
+    manifest = open_bundle(BUILTIN).manifest
+    edgevlm.convert(CHECKPOINT, tmp_path / "again", name=manifest.spec.name, **manifest.provenance["arguments"])
     committed = {path.name: path.read_bytes() for path in BUILTIN.iterdir()}
     again = {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}
     assert committed.keys() == again.keys()
