@@ -41,7 +41,7 @@ class Camera:
 CAMERAS = {
     "clean": Camera(),
     "blurred": Camera(blur=(1.2, 2.4)),
-    "tilted": Camera(rotation=(4.0, 12.0), perspective=(0.03, 0.08)),
+    "tilted": Camera(rotation=(3.0, 7.0), perspective=(0.02, 0.05)),
     "noisy": Camera(noise=(9.0, 20.0), unevenness=(0.2, 0.45), quality=(40.0, 70.0)),
 }
 MIXED = "mixed"

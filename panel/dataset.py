@@ -48,31 +48,21 @@ def write_shard(folder: Path, index: int) -> None:
 
 
 class Shards:
-    """The shards that exist so far: pictures, truths, landmarks. Indices are stable while new shards appear."""
+    """The shards of a folder: pictures, truths and landmarks, indexed through all of them."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._known: set[Path] = set()
-        self._images_NCHW: list[np.ndarray] = []
-        self.truths: list[PanelTruth] = []
-        self.landmarks: list[list[Landmark]] = []
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Take in the shards that were finished since the last call."""
-        for path in sorted(set(self._folder.glob("shard_*.npy")) - self._known):
-            self._known.add(path)
-            self._images_NCHW.append(np.load(path, mmap_mode="r"))
-            seeds = shard_seeds(int(path.stem.split("_")[1]))
-            self.truths += [sample_truth(random.Random(seed)) for seed in seeds]
-            self.landmarks += [find_landmarks(seed) for seed in seeds]
+        paths = sorted(folder.glob("shard_*.npy"))
+        self._shards_NCHW = [np.load(path, mmap_mode="r") for path in paths]
+        seeds = [seed for path in paths for seed in shard_seeds(int(path.stem.split("_")[1]))]
+        self.truths: list[PanelTruth] = [sample_truth(random.Random(seed)) for seed in seeds]
+        self.landmarks: list[list[Landmark]] = [find_landmarks(seed) for seed in seeds]
 
     def __len__(self) -> int:
         return len(self.truths)
 
     def images(self, indices: np.ndarray) -> np.ndarray:
         """uint8 (N, 3, 128, 128) pictures at these indices."""
-        return np.stack([self._images_NCHW[i // SHARD_LENGTH][i % SHARD_LENGTH] for i in indices])
+        return np.stack([self._shards_NCHW[i // SHARD_LENGTH][i % SHARD_LENGTH] for i in indices])
 
 
 def main() -> None:

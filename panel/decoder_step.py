@@ -24,8 +24,8 @@ MULTI_TURN_SHARE = 0.2
 NO_PICTURE_SHARE = 0.1
 ALWAYS_ASKED = ("display", "gauge")
 ALSO_ASKED = ("lamps_on", "lamp_state", "lamp_count", "lit_count", "describe")
-N_ALSO_ASKED = 2
-DIGIT_WEIGHT = 2.0  # loss weight of a digit: the hard part of an answer
+N_ALSO_ASKED = 1
+VALUE_WEIGHT = 2.0  # loss weight of a digit or point: the hard part of an answer
 SENTENCE_WEIGHT = 0.4  # of the words around the values in a description
 
 PREFIX, PADDING = 0, -1  # segments that are no question
@@ -48,7 +48,7 @@ class Packer:
         self._tokenizer = tokenizer
         self._image_id = tokenizer.convert_tokens_to_ids(IMAGE)
         self._pad_id = tokenizer.convert_tokens_to_ids(PAD)
-        self._digit_ids = {tokenizer.convert_tokens_to_ids(digit) for digit in "0123456789"}
+        self._value_ids = {tokenizer.convert_tokens_to_ids(char) for char in "0123456789."}
         self._encoded: dict[str, list[int]] = {}
         marker = "QUESTION"
         content = [{"type": "image"}, {"type": "text", "text": marker}]
@@ -74,7 +74,7 @@ class Packer:
         prompt = self._ids((self._user if follows else "") + question.text + self._assistant)
         answer = self._ids(question.answer + EOT)
         words = SENTENCE_WEIGHT if question.kind == "describe" else 1.0
-        weights = [DIGIT_WEIGHT if token in self._digit_ids else words for token in answer]
+        weights = [VALUE_WEIGHT if token in self._value_ids else words for token in answer]
         return prompt + answer, [0.0] * len(prompt) + weights
 
     def _sequence(self, truth: PanelTruth, rng: random.Random) -> dict[str, list]:

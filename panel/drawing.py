@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
-from panel.truth import GAUGE_MAX, PanelTruth
+from panel.truth import GAUGE_MAX, MAX_DIGITS, PanelTruth
 
 Colour = tuple[int, int, int]
 Point = tuple[float, float]
@@ -65,7 +65,6 @@ class Style:
     plate: Colour
     brushed: bool
     display: str  # key of DISPLAY_COLOURS
-    display_slots: int  # digit positions, lit or blank; digits are right-aligned
     ghost: float  # how much of the lit colour an unlit segment shows, 0..1
     slant: float  # horizontal shear of the digits per unit of height
     stroke: float  # thickness of a segment
@@ -81,14 +80,12 @@ class Style:
 
 
 def sample_style(rng: random.Random, truth: PanelTruth) -> Style:
-    """Draw a look for the panel; `truth` only bounds the number of digit positions and lamp columns."""
-    n_digits = len(truth.display.replace(".", ""))
+    """Draw a look for the panel; `truth` only bounds the number of lamp columns."""
     dark_face = rng.random() < 0.5
     return Style(
         plate=rng.choice(PLATES),
         brushed=rng.random() < 0.5,
         display=rng.choice(tuple(DISPLAY_COLOURS)),
-        display_slots=rng.randint(n_digits, 4),
         ghost=rng.uniform(0.05, 0.16) if rng.random() < 0.6 else 0.0,
         slant=rng.choice((0.0, 0.06, 0.1, 0.14)),
         stroke=rng.uniform(6.0, 9.0),
@@ -118,7 +115,7 @@ def layout_of(truth: PanelTruth, style: Style) -> Layout:
     """Place the parts: the display above or below, the gauge beside the lamps, the lamps on a grid."""
     top = 20.0 if style.display_on_top else 152.0
     display = (20.0, top, 236.0, top + 84.0)
-    slots = style.display_slots
+    slots = MAX_DIGITS
     # Centred; a slanted digit leans to the right, the room for its point is on the right too.
     first = PANEL / 2 - CELL_PITCH * slots / 2 + (CELL_PITCH - CELL_WIDTH) / 2 - CELL_HEIGHT * style.slant / 2 - 2
     cell_top = top + (84.0 - CELL_HEIGHT) / 2
@@ -255,16 +252,16 @@ def draw_display(canvas: Canvas, layout: Layout, text: str, style: Style) -> Non
     glows = style.display != "lcd"
     light = mix((0, 0, 0), lit, 0.55)
 
-    digits = text.replace(".", "").rjust(style.display_slots)
+    digits = text.replace(".", "").rjust(MAX_DIGITS)
     # The point belongs to the digit before it; with no point, index -1 matches no position.
-    point_after = style.display_slots - len(text.split(".")[1]) - 1 if "." in text else -1
+    point_after = MAX_DIGITS - len(text.split(".")[1]) - 1 if "." in text else -1
     for index, (digit, cell) in enumerate(zip(digits, layout.cells, strict=True)):
         for name, points in _segment_polygons(cell, style).items():
             on = name in SEGMENTS[digit]
             canvas.polygon(points, lit if on else ghost)
             if on and glows:
                 canvas.glow_polygon(points, light)
-        radius = max(4.2, style.stroke * 0.58)
+        radius = max(5.0, style.stroke * 0.65)
         dot = (cell[0] + (CELL_WIDTH + CELL_PITCH) / 2 + 1.0, cell[1] + CELL_HEIGHT - radius)
         on = index == point_after
         canvas.disc(dot, radius, lit if on else ghost)

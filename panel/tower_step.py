@@ -139,9 +139,9 @@ def _token_loss(logits_BTO: torch.Tensor, labels: Labels) -> torch.Tensor:
         label_BT = labels.tokens_BT[name]
         said_BT = label_BT >= 0
         if name == "gauge":
-            loss = loss + 0.5 * _gauge_loss(part_BTO[said_BT], label_BT[said_BT])
+            loss = loss + _gauge_loss(part_BTO[said_BT], label_BT[said_BT])
         else:
-            weight = 2.0 if name in ("kind", "digit") else 0.5
+            weight = 2.0 if name in ("kind", "digit") else 1.0
             loss = loss + weight * F.cross_entropy(part_BTO[said_BT], label_BT[said_BT])
     return loss
 
@@ -149,8 +149,8 @@ def _token_loss(logits_BTO: torch.Tensor, labels: Labels) -> torch.Tensor:
 def heads_loss(logits: dict[str, torch.Tensor], labels: Labels) -> dict[str, torch.Tensor]:
     """Weighted cross entropy of each of the three heads."""
     return {
-        "all_tokens": _picture_loss(logits["all_tokens"], labels),
-        "mean_token": _picture_loss(logits["mean_token"], labels),
+        "all_tokens": 0.5 * _picture_loss(logits["all_tokens"], labels),
+        "mean_token": 0.1 * _picture_loss(logits["mean_token"], labels),
         "each_token": _token_loss(logits["each_token"], labels),
     }
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import distributed, multiprocessing, nn
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from panel.dataset import SHARD_LENGTH, Shards
@@ -27,16 +27,17 @@ from panel.model import IMAGE_TOKENS, build_model, image_features_BTC, pixels_BC
 from panel.tokens import build_tokenizer
 from panel.tower_step import Heads, augment, heads_accuracy, heads_loss, labels_of
 
-BATCH = 64
-WARM_UP = 3200  # pictures
+BATCH = 32
+WARM_UP = 1600  # pictures
 LEARNING_RATES = {
     "tower": {"tower": 1e-3, "heads": 1e-3},
     # The tower keeps learning from its heads, slowly enough for the decoder to follow.
-    "decoder": {"tower": 1e-4, "heads": 1e-4, "decoder": 1e-3},
+    "decoder": {"tower": 3e-4, "heads": 3e-4, "decoder": 1e-3},
 }
 HEADS_WEIGHT = 0.3  # of the heads' loss in the decoder step
-LOG_EVERY = 20  # batches
-SAVE_EVERY = 100
+LOG_EVERY = 40  # batches
+SAVE_EVERY = 200
+RENDEZVOUS = "rendezvous"  # file in the run's folder through which workers find each other
 
 
 @dataclass
@@ -48,6 +49,8 @@ class Run:
     model: LlavaForConditionalGeneration
     heads: Heads
     optimizer: torch.optim.Optimizer
+    worker: int = 0
+    workers: int = 1  # processes that share every batch
     seen: int = 0  # pictures trained on in this step
     seconds: float = 0.0  # spent in this step
 
@@ -110,18 +113,29 @@ def learning_rate_factor(seen: int, total: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def draw_batch(shards: Shards, seen: int) -> tuple[np.ndarray, np.ndarray]:
+def draw_batch(shards: Shards, seen: int, share: slice) -> tuple[np.ndarray, np.ndarray]:
     """Indices and uint8 pictures of the batch after `seen` pictures; the first shard is held out."""
     rng = np.random.default_rng(seen)
-    indices = rng.integers(SHARD_LENGTH, len(shards), BATCH)
+    indices = rng.integers(SHARD_LENGTH, len(shards), BATCH)[share]
     return indices, shards.images(indices)
+
+
+def average_gradients(parameters: list[nn.Parameter], workers: int) -> None:
+    """Give every worker the mean of all workers' gradients."""
+    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(flat)
+    flat /= workers
+    for parameter, mean in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = mean.view_as(parameter)
 
 
 def train_batch(run: Run, packer: Packer, shards: Shards, total: int) -> dict[str, float]:
     """One optimizer step; returns the losses."""
-    indices, images_BCHW = draw_batch(shards, run.seen)
+    share = BATCH // run.workers
+    indices, images_BCHW = draw_batch(shards, run.seen, slice(run.worker * share, (run.worker + 1) * share))
     truths = [shards.truths[i] for i in indices]
-    rng = random.Random(run.seen)
+    rng = random.Random(run.seen + run.worker)
     factor = learning_rate_factor(run.seen, total)
     pixels, motions_B23 = augment(pixels_BCHW(torch.from_numpy(images_BCHW)), rng, strength=min(1.0, 2 * factor))
     for group in run.optimizer.param_groups:
@@ -136,7 +150,10 @@ def train_batch(run: Run, packer: Packer, shards: Shards, total: int) -> dict[st
         loss = losses["answers"] + HEADS_WEIGHT * loss
     run.optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    nn.utils.clip_grad_norm_([p for group in run.optimizer.param_groups for p in group["params"]], 1.0)
+    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+    if run.workers > 1:
+        average_gradients(parameters, run.workers)
+    nn.utils.clip_grad_norm_(parameters, 1.0)
     run.optimizer.step()
     run.seen += BATCH
     return {name: value.item() for name, value in losses.items()}
@@ -167,12 +184,13 @@ def train(run: Run, data: Path, path: Path, total: int) -> None:
         run.seconds += time.monotonic() - started
         average = {name: 0.9 * average.get(name, value) + 0.1 * value for name, value in losses.items()}
         batches = run.seen // BATCH
+        if run.worker > 0:
+            continue
         if batches % LOG_EVERY == 0:
             shown = " ".join(f"{name} {value:.3f}" for name, value in average.items())
             print(f"{run.step} {run.seen}/{total} {run.seen / run.seconds:.1f}/s {shown}", flush=True)
         if batches % SAVE_EVERY == 0 or run.seen >= total:
             run.save(path)
-            shards.refresh()
         if batches % (2 * SAVE_EVERY) == 0 or run.seen >= total:
             minutes = run.seconds / 60
             print(f"{run.step} {run.seen} {minutes:.1f} min held out {held_out(run, packer, shards)}", flush=True)
@@ -185,11 +203,27 @@ def main() -> None:
     parser.add_argument("--step", choices=tuple(LEARNING_RATES), required=True)
     parser.add_argument("--pictures", type=int, required=True, help="pictures to see in this step")
     parser.add_argument("--out", type=Path, help="write the model as a checkpoint there when the step is done")
+    parser.add_argument("--workers", type=int, default=1, help="processes that share every batch, a thread each")
     args = parser.parse_args()
     args.run.mkdir(parents=True, exist_ok=True)
+    if args.workers == 1:
+        work(0, args)
+    else:
+        (args.run / RENDEZVOUS).unlink(missing_ok=True)  # left over from an interrupted run
+        multiprocessing.spawn(work, (args,), nprocs=args.workers)
+
+
+def work(worker: int, args: argparse.Namespace) -> None:
+    """One of the processes that train. Each runs on one thread: a step is a thousand small
+    operations, and at every one of them two threads would wait for each other."""
+    if args.workers > 1:
+        torch.set_num_threads(1)
+        address = f"file://{(args.run / RENDEZVOUS).resolve()}"
+        distributed.init_process_group("gloo", init_method=address, rank=worker, world_size=args.workers)
     run = open_run(args.run, args.step)
+    run.worker, run.workers = worker, args.workers
     train(run, args.data, args.run / f"{args.step}.pt", args.pictures)
-    if args.out:
+    if args.out and worker == 0:
         save_checkpoint(run.model, run.tokenizer, args.out)
 
 
