@@ -12,7 +12,10 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip --quiet install --constraint constraints.txt
+PIP    := $(BIN)/python -m pip --quiet install
+
+# Through the environment the pins also reach the isolated environments in which packages are built.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
 .PHONY: setup build demo test lint bench bundle clean distclean
 
@@ -21,7 +24,7 @@ setup: $(VENV)/.dev
 
 # A stamp file marks each finished step, so that a second run has nothing to do.
 $(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/.built: constraints.txt pyproject.toml CMakeLists.txt $(wildcard kernels/*.[ch]) | $(VENV)/bin/python
 	@echo "building edgevlm (the first time llama.cpp is compiled as well, about 7 minutes on 2 cores)"

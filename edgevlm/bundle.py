@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from edgevlm import spec as specs
 from edgevlm.errors import BundleError, FileError
+from edgevlm.files import open_regular
 from edgevlm.spec import ModelSpec
 
 MANIFEST_NAME = "bundle.json"
@@ -107,17 +108,17 @@ def open_bundle(folder: str | os.PathLike[str]) -> Bundle:
 def read_manifest(folder: Path) -> Manifest:
     """Read and check `bundle.json` alone, without looking at the files that it names."""
     path = folder / MANIFEST_NAME
-    try:
-        if path.stat().st_size > _MANIFEST_LIMIT_BYTES:
-            raise _invalid(f"it is larger than {_MANIFEST_LIMIT_BYTES >> 20} MiB")
-        document = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         raise FileError(
             f"{folder} is not a bundle: it has no {MANIFEST_NAME}; make one with `edgevlm convert CHECKPOINT OUT`",
             code="file.not_found",
-        ) from None
-    except OSError as error:
-        raise FileError(f"cannot read {path}: {error.strerror}", code="file.unreadable") from error
+        )
+    with open_regular(path) as (file, _size):
+        raw = file.read(_MANIFEST_LIMIT_BYTES + 1)
+    if len(raw) > _MANIFEST_LIMIT_BYTES:
+        raise _invalid(f"it is larger than {_MANIFEST_LIMIT_BYTES >> 20} MiB")
+    try:
+        document = json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise _invalid(f"it is not JSON ({error})") from error
     found = document.get("format") if isinstance(document, dict) else None
@@ -142,9 +143,13 @@ def _check_names(manifest: Manifest) -> None:
             raise _invalid(f"size or sha256 of {entry.name} is malformed")
     if len({name.lower() for name in names}) != len(names) or len(set(roles)) != len(roles):
         raise _invalid("a file name or role appears twice")
+    by_role = {entry.role: entry.name for entry in manifest.files}
     for role in _ROLES_NEEDED:
-        if role not in roles:
+        if role not in by_role:
             raise _invalid(f"no file has the role {role}")
+    # The graph itself names its data file; under any other name, what was checked would not be what is read.
+    if by_role["encoder-data"] != by_role["encoder"] + ".data":
+        raise _invalid(f"the encoder's data must be named {by_role['encoder']}.data")
 
 
 def _check_file(folder: Path, entry: FileEntry) -> None:
@@ -154,10 +159,11 @@ def _check_file(folder: Path, entry: FileEntry) -> None:
             f"{path} is missing although {MANIFEST_NAME} names it; copy the whole folder again",
             code="bundle.missing_file",
         )
-    size = path.stat().st_size
+    with open_regular(path) as (file, size):
+        digest = hashlib.file_digest(file, "sha256").hexdigest() if size == entry.size else ""
     if size != entry.size:
         what = f"it has {size} bytes instead of {entry.size}"
-    elif sha256_of(path) != entry.sha256:
+    elif digest != entry.sha256:
         what = "its content differs (sha256)"
     else:
         return

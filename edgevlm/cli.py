@@ -6,6 +6,7 @@ interrupted. Nothing heavy is imported before a command needs it.
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -58,7 +59,7 @@ def ask(
         typer.Option("--image", "-i", metavar="IMAGE", help="A picture, or `-` for stdin; may be repeated."),
     ] = None,
     model: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--model", "-m", metavar="MODEL", help="Bundle folder or .gguf file. [default: the panel reader]"),
     ] = None,
     system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System message.")] = None,
@@ -160,6 +161,10 @@ def convert(
 
 def main() -> None:
     """Entry point: each of our errors becomes one line on stderr and its exit code; typer words usage errors itself."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal that cannot show a character shows a question mark; an answer is not lost over it.
+            stream.reconfigure(errors="replace")
     try:
         app()
     except EdgeVLMError as error:
@@ -172,13 +177,41 @@ def _inputs(prompt: str, images: list[str]) -> tuple[str, list[str | bytes]]:
     """Resolve `-`: stdin can be the prompt or one picture, not both."""
     if [prompt, *images].count("-") > 1:
         raise UsageError("stdin was asked for more than once; give `-` for the prompt or for one picture")
-    question = sys.stdin.read() if prompt == "-" else prompt
-    return question, [sys.stdin.buffer.read() if image == "-" else image for image in images]
+    question = prompt
+    if prompt == "-":
+        try:
+            question = _stdin().decode("utf-8")
+        except UnicodeDecodeError:
+            raise UsageError("the prompt on stdin is not UTF-8 text") from None
+    return question, [_stdin() if image == "-" else image for image in images]
+
+
+def _stdin() -> bytes:
+    """All of stdin, up to what a picture may have: `< /dev/zero` must not fill the memory."""
+    from edgevlm.image import DEFAULT_LIMITS
+
+    if sys.stdin is None:
+        raise UsageError("`-` was given but stdin is closed")
+    data = sys.stdin.buffer.read(DEFAULT_LIMITS.encoded_bytes + 1)
+    if len(data) > DEFAULT_LIMITS.encoded_bytes:
+        raise UsageError(f"stdin gives more than {DEFAULT_LIMITS.encoded_bytes} bytes")
+    return data
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    from edgevlm.storage import storage_errors
+
+    if sys.stdout is None:
+        raise UsageError("stdout is closed; there is nowhere to write the answer")
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise  # the reader went away (`| head`): typer ends quietly
+    except OSError as error:
+        sys.stdout = io.StringIO()  # or the interpreter would try to flush the old one once more
+        with storage_errors(Path("the answer")):
+            raise error
 
 
 def _report(answer: Answer, json_output: bool) -> None:

@@ -6,16 +6,18 @@ range (`llama-context.cpp`, `llama-batch.cpp`), so each of these is checked here
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import re
+import threading
 import weakref
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgevlm.errors import BackendError, ContextError, UsageError
 from edgevlm.gguf import GGUFHeader, read_header
-from edgevlm.llama import last_log, library
-from edgevlm.machine import usable_cpus
+from edgevlm.llama import clear_log, last_log, library
+from edgevlm.machine import check_threads, usable_cpus
 from edgevlm.splice import ImageSegment, Segment, TextSegment
 
 if TYPE_CHECKING:
@@ -60,22 +62,41 @@ class Decoder:
         threads: int | None = None,
         kv_type: KVType = "f16",
     ) -> None:
+        check_threads(threads)
         self.header = read_header(path)
         self.n_context = _context_size(self.header, context)
         self._llama = library()
         self._model = _load_model(self._llama, path)
-        self._close_model = weakref.finalize(self, self._llama.llama_model_free, self._model)
+        self._close_model = _free_later(self, self._llama.llama_model_free, self._model)
         self._vocab = self._llama.llama_model_get_vocab(self._model)
         self.n_vocab = self._llama.llama_vocab_n_tokens(self._vocab)
         self.n_embd = self._llama.llama_model_n_embd_inp(self._model)
         self._context = self._new_context(threads, kv_type)
-        self._close_context = weakref.finalize(self, self._llama.llama_free, self._context)
+        self._close_context = _free_later(self, self._llama.llama_free, self._context)
         self.n_past = 0
+        #: Held while native code works on the context.
+        self._busy = threading.Lock()
+        _decoders.add(self)
+        #: Counts resets: whoever holds an older number is reading a context that is not theirs any more.
+        self.epoch = 0
+        self._has_logits = False
+        self.control_tokens = self._control_tokens()
 
     def close(self) -> None:
-        """Free the native memory. The decoder cannot be used afterwards; closing twice is harmless."""
-        self._close_context()
-        self._close_model()
+        """Free the native memory, after a decode that another thread may be in. Every later call raises; closing twice
+        is harmless."""
+        with self._busy:
+            self._close_context()
+            self._close_model()
+
+    def check_open(self) -> None:
+        """Native functions would read freed memory after `close`.
+
+        Raises:
+            UsageError: the decoder is closed.
+        """
+        if not self._close_context.alive:
+            raise UsageError("the model is closed; load it again")
 
     def _new_context(self, threads: int | None, kv_type: KVType) -> Any:
         llama = self._llama
@@ -93,11 +114,12 @@ class Decoder:
         params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED if exact else llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
         params.type_k = params.type_v = {"f16": llama.GGML_TYPE_F16, "f32": llama.GGML_TYPE_F32}[kv_type]
         params.no_perf = True
+        clear_log()
         context = llama.llama_init_from_model(self._model, params)
         if not context:
             raise BackendError(
                 f"llama.cpp cannot make a context of {self.n_context} positions for {self.header.path}: "
-                f"{last_log() or 'no reason given'}; ask for a smaller context",
+                f"{last_log()}; ask for a smaller context",
                 code="backend.load",
             )
         return context
@@ -110,6 +132,7 @@ class Decoder:
         Raises:
             UsageError: a run of one kind of character is too long for this vocabulary's splitter.
         """
+        self.check_open()
         self._check_runs(text)
         raw = text.encode("utf-8")
         capacity = len(raw) + 8
@@ -125,15 +148,38 @@ class Decoder:
             return
         if self.header.metadata.get("tokenizer.ggml.pre") in _SAFE_PRE:
             return
-        longest = max(len(run.group()) for run in re.finditer(r"\s+|[^\W\d_]+|\d+|(?:[^\w\s]|_)+", text))
+        # Combining marks belong to letters in some splitters, so whatever is not white space counts as one kind.
+        longest = max(len(run.group()) for run in re.finditer(r"\s+|\S+", text))
         if longest > _LONGEST_RUN:
             raise UsageError(
-                f"the prompt has a run of {longest} characters of one kind; this model's tokenizer takes "
-                f"{_LONGEST_RUN}; insert spaces or shorten it"
+                f"the prompt has a run of {longest} characters without {'a word' if text.isspace() else 'a space'}; "
+                f"this model's tokenizer takes {_LONGEST_RUN}; insert spaces or shorten it"
             )
+
+    def _control_tokens(self) -> tuple[str, ...]:
+        """Texts of the tokens that steer the model: user text must never become one of them.
+
+        llama.cpp decides this by text as well as by the file's token types (`llama-vocab.cpp`), so it is asked; only
+        about tokens that may qualify, since a vocabulary has a hundred thousand.
+        """
+        llama, metadata = self._llama, self.header.metadata
+        tokens = metadata["tokenizer.ggml.tokens"]
+        types = metadata.get("tokenizer.ggml.token_type", (1,) * len(tokens))
+        candidates = (
+            index
+            for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
+            if kind not in (1, 6) or (token[0] in "<[" and token[-1] in ">]")
+        )
+        return tuple(
+            tokens[index]
+            for index in candidates
+            if llama.llama_vocab_get_attr(self._vocab, index) & llama.LLAMA_TOKEN_ATTR_CONTROL
+            or llama.llama_vocab_is_eog(self._vocab, index)
+        )
 
     def piece(self, token: int) -> bytes:
         """The bytes that a token stands for; empty for control tokens. They need not be whole characters."""
+        self.check_open()
         if not 0 <= token < self.n_vocab:
             raise ValueError(f"token {token} is outside the vocabulary of {self.n_vocab}")
         capacity = 64
@@ -146,15 +192,19 @@ class Decoder:
 
     def is_end(self, token: int) -> bool:
         """Whether the model ends its turn with this token (end of text, turn or message)."""
+        self.check_open()
         return bool(self._llama.llama_vocab_is_eog(self._vocab, token))
 
     # ---- the context
 
     def reset(self) -> None:
         """Forget everything that was decoded."""
+        self.check_open()
         # False: old cells are unreachable once their metadata is gone; clearing the data would touch all of it.
         self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), False)
         self.n_past = 0
+        self.epoch += 1
+        self._has_logits = False
 
     def check_room(self, n_positions: int, *, of_images: int = 0) -> None:
         """Whether so many positions fit after what the context holds already; `of_images` only words the message.
@@ -179,6 +229,7 @@ class Decoder:
             ContextError: they do not fit; nothing was decoded.
             BackendError: llama.cpp failed.
         """
+        self.check_open()
         self.check_room(sum(map(len, segments)))
         last = len(segments) - 1
         for number, segment in enumerate(segments):
@@ -196,12 +247,17 @@ class Decoder:
         self.prefill([TextSegment((token,))])
 
     def logits(self) -> NDArray[np.float32]:
-        """Logits of the last decoded position, float32 [n_vocab]: a view that the next decode overwrites."""
+        """Logits of the last decoded position, float32 [n_vocab]: a view that lasts until the next decode or `close`.
+
+        Raises:
+            BackendError: nothing was decoded since the last reset.
+        """
         import numpy as np
 
-        pointer = self._llama.llama_get_logits_ith(self._context, -1)
+        self.check_open()
+        pointer = self._llama.llama_get_logits_ith(self._context, -1) if self._has_logits else None
         if not pointer:
-            raise BackendError("llama.cpp has no logits to read; decode something first", code="backend.failed")
+            raise BackendError("there are no logits to read; decode something first", code="backend.failed")
         return np.ctypeslib.as_array(pointer, shape=(self.n_vocab,))
 
     def _decode_tokens(self, tokens: tuple[int, ...], *, want_logits: bool) -> None:
@@ -238,7 +294,10 @@ class Decoder:
                 embd=ctypes.cast(embd + start * stride, ctypes.POINTER(ctypes.c_float)) if embd else None,
                 logits=ctypes.cast(outputs, ctypes.POINTER(ctypes.c_int8)),
             )
-            status = llama.llama_decode(self._context, batch)
+            clear_log()
+            with self._busy:
+                self.check_open()
+                status = llama.llama_decode(self._context, batch)
             if status:
                 # Part of the segment may be in the context already: nothing in it can be relied on.
                 self.reset()
@@ -247,6 +306,7 @@ class Decoder:
                     code="backend.failed",
                 )
             self.n_past += count
+        self._has_logits = want_logits
 
 
 def _context_size(header: GGUFHeader, context: int | None) -> int:
@@ -261,9 +321,26 @@ def _context_size(header: GGUFHeader, context: int | None) -> int:
 def _load_model(llama: Any, path: str | os.PathLike[str]) -> Any:
     params = llama.llama_model_default_params()
     params.n_gpu_layers = 0
+    clear_log()
     model = llama.llama_model_load_from_file(os.fsencode(path), params)
     if not model:
-        raise BackendError(
-            f"llama.cpp cannot load {os.fspath(path)}: {last_log() or 'no reason given'}", code="backend.load"
-        )
+        raise BackendError(f"llama.cpp cannot load {os.fspath(path)}: {last_log()}", code="backend.load")
     return model
+
+
+_decoders: weakref.WeakSet[Decoder] = weakref.WeakSet()
+
+
+@atexit.register
+def _wait_for_native_code() -> None:
+    """Let running decodes end and no new one begin: exiting tears the native libraries down under other threads."""
+    for decoder in list(_decoders):
+        decoder._busy.acquire()
+
+
+def _free_later(owner: Decoder, free: Any, handle: Any) -> weakref.finalize[[Any], Decoder]:
+    """Free a native object with its owner, but not when the interpreter exits: a thread may still be decoding then,
+    and the process's memory goes back to the system anyway."""
+    finalizer = weakref.finalize(owner, free, handle)
+    finalizer.atexit = False
+    return finalizer

@@ -80,7 +80,6 @@ def _open_session(path: Path, threads: int) -> Any:
     options.log_severity_level = 4  # fatal only: failures become exceptions, which we translate
     # Idle threads that spin would take the cores from the decoder, which runs next.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.set_denormal_as_zero", "1")
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # as above: no common base class

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 #: Every code that may be raised, with the sentence that documents it.
 CODES: dict[str, str] = {
@@ -80,6 +81,16 @@ class EdgeVLMError(Exception):
         assert code in CODES, f"unregistered error code {code!r}"
         super().__init__(message)
         self.code = code
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The keyword-only code would be lost on the way between processes.
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+def _rebuild(cls: type[EdgeVLMError], args: tuple[Any, ...], state: dict[str, Any]) -> EdgeVLMError:
+    error = cls.__new__(cls, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class UsageError(EdgeVLMError):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from edgevlm.answer import FinishReason
 from edgevlm.decoder import Decoder
+from edgevlm.errors import UsageError
 from edgevlm.options import GenerateOptions
 from edgevlm.sampling import Sampler
 from edgevlm.text import TextStream
@@ -15,50 +16,68 @@ from edgevlm.text import TextStream
 class Generation:
     """One answer in the making: iterate over it to get pieces of text, then read the rest.
 
+    The context must hold the prompt, and nobody else may use it until the end: a question asked meanwhile makes this
+    answer fail, not wander off.
+
     Attributes:
         tokens: The ids drawn so far, an end token included.
         finish_reason: Why it ended; `length` until it has ended.
-        first_token_at, ended_at: `time.perf_counter()` when the first token was drawn and when the last was done.
+        first_token_at: `time.perf_counter()` when the first token was drawn.
+        seconds: Time spent on the tokens after the first, without what the caller did between them.
     """
 
     def __init__(self, decoder: Decoder, options: GenerateOptions) -> None:
         self.tokens: list[int] = []
         self.finish_reason: FinishReason = "length"
-        self.first_token_at = self.ended_at = time.perf_counter()
+        self.first_token_at = time.perf_counter()
+        self.seconds = 0.0
         self._decoder = decoder
+        self._epoch = decoder.epoch
         self._options = options
-
-    def __iter__(self) -> Iterator[str]:
-        text = TextStream(self._options.stop)
-        for token in self._draw():
-            if shown := text.feed(self._decoder.piece(token)):
-                yield shown
-            if text.stopped:
-                self.finish_reason = "stop"
-                break
-        if rest := text.finish():
-            yield rest
-        self.ended_at = time.perf_counter()
+        self._sampler = Sampler(options)
 
     @property
     def tokens_per_s(self) -> float:
         """The rate after the first token, which prefill has paid for; 0 for a single token."""
-        seconds = self.ended_at - self.first_token_at
-        return (len(self.tokens) - 1) / seconds if seconds > 0 else 0.0
+        return (len(self.tokens) - 1) / self.seconds if self.seconds > 0 else 0.0
 
-    def _draw(self) -> Iterator[int]:
-        """Tokens that belong to the answer, until the model ends its turn, the limit, or the end of the context."""
-        decoder, sampler = self._decoder, Sampler(self._options)
-        limit = self._options.max_tokens or decoder.n_context
-        while True:
-            token = sampler.sample(decoder.logits())
-            self.tokens.append(token)
-            if len(self.tokens) == 1:
-                self.first_token_at = time.perf_counter()
-            if decoder.is_end(token):
+    def __iter__(self) -> Iterator[str]:
+        text = TextStream(tuple(self._options.stop))
+        self._draw()
+        self.first_token_at = time.perf_counter()
+        while not self._decoder.is_end(self.tokens[-1]):
+            if shown := text.feed(self._decoder.piece(self.tokens[-1])):
+                yield shown
+            if text.stopped:
                 self.finish_reason = "stop"
                 return
-            yield token
-            if len(self.tokens) >= limit or decoder.n_past >= decoder.n_context:
-                return
-            decoder.step(token)
+            if self._is_full():
+                break
+            self._next()
+        else:
+            self.finish_reason = "stop"
+        if rest := text.finish():
+            yield rest
+
+    def _is_full(self) -> bool:
+        limit = self._options.max_tokens
+        return len(self.tokens) == limit or self._decoder.n_past >= self._decoder.n_context
+
+    def _next(self) -> None:
+        started = time.perf_counter()
+        self._check_ours()
+        self._decoder.step(self.tokens[-1])
+        self._draw()
+        self.seconds += time.perf_counter() - started
+
+    def _draw(self) -> None:
+        self._check_ours()
+        self.tokens.append(self._sampler.sample(self._decoder.logits()))
+
+    def _check_ours(self) -> None:
+        self._decoder.check_open()
+        if self._decoder.epoch != self._epoch:
+            raise UsageError(
+                "this answer was interrupted by another question to the same model; "
+                "finish one before the next, or load the model twice"
+            )

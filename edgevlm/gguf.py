@@ -15,13 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from edgevlm.errors import FileError, GGUFError
+from edgevlm.errors import GGUFError
+from edgevlm.files import open_regular
 
 _HEADER_LIMIT_BYTES = 256 << 20
 _STRING_LIMIT_BYTES = 16 << 20
 _KV_LIMIT = 4096
 _TENSOR_LIMIT = 65536
-_ARRAY_LIMIT = 64 << 20
+_STRINGS_LIMIT = 1 << 20
+#: Arrays that are looked at; of all others (merges above all) only the lengths are walked, and None is kept.
+_KEPT_ARRAYS = {f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "scores")}
 _KEY = re.compile(r"[A-Za-z0-9_.\-]{1,256}")
 
 # enum gguf_type -> struct format of a scalar; 8 is a string, 9 an array
@@ -50,7 +53,8 @@ class TensorInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class GGUFHeader:
-    """The checked header: metadata by key, tensors in file order, and where the data section begins."""
+    """The checked header: metadata by key (None for arrays that were skipped), tensors in file order, and where the
+    data section begins."""
 
     path: Path
     metadata: dict[str, Any]
@@ -64,14 +68,6 @@ class GGUFHeader:
     @property
     def context_length(self) -> int:
         return int(self.metadata["llama.context_length"])
-
-    @property
-    def control_tokens(self) -> tuple[str, ...]:
-        """Texts of the tokens that steer the model (type 3, control): user text must never become one of them."""
-        types = self.metadata.get("tokenizer.ggml.token_type", ())
-        return tuple(
-            token for token, kind in zip(self.metadata["tokenizer.ggml.tokens"], types, strict=False) if kind == 3
-        )
 
     def token(self, role: str) -> str:
         """Text of the token with a role, such as `bos` or `eos`; empty if the file names none."""
@@ -87,70 +83,64 @@ def read_header(path: str | os.PathLike[str]) -> GGUFHeader:
         GGUFError: `gguf.invalid`, `gguf.truncated` or `gguf.unsupported`, naming the place.
     """
     path = Path(path)
-    try:
-        # O_NONBLOCK: a FIFO must not make us wait for a writer
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError:
-        raise FileError(f"{path} does not exist", code="file.not_found") from None
-    except OSError as error:
-        raise FileError(f"cannot read {path}: {error.strerror}", code="file.unreadable") from error
-    try:
-        cursor = _Cursor(path, fd)
-        header = _parse(cursor)
-        _check_llama(path, header)
-        return header
-    except struct.error as error:
-        raise GGUFError(f"{path} is not a usable GGUF file: {error}", code="gguf.invalid") from error
-    finally:
-        os.close(fd)
+    with open_regular(path) as (file, size):
+        try:
+            header = _parse(_Cursor(path, file.fileno(), size))
+        except struct.error as error:
+            raise GGUFError(f"{path} is not a usable GGUF file: {error}", code="gguf.invalid") from error
+    _check_llama(path, header)
+    return header
 
 
 class _Cursor:
     """Sequential reads from a file descriptor, never past the end of the file or the header limit."""
 
-    def __init__(self, path: Path, fd: int) -> None:
-        import stat
-
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise FileError(f"{path} is not a regular file", code="file.not_regular")
-        self.path, self.size, self.position = path, status.st_size, 0
-        self._fd, self._buffer = fd, bytearray()
+    def __init__(self, path: Path, fd: int, size: int) -> None:
+        self.path, self.size, self.position = path, size, 0
+        self._fd, self._window, self._base = fd, b"", 0
 
     def fail(self, what: str, code: str = "gguf.invalid") -> NoReturn:
         raise GGUFError(f"{self.path} is not a usable GGUF file: {what}", code=code)
 
-    def take(self, nbytes: int) -> int:
-        """Make the next bytes available in the buffer; returns where they begin."""
-        start, end = self.position, self.position + nbytes
-        if end > self.size:
+    def skip(self, nbytes: int) -> None:
+        """Move on without reading."""
+        if self.position + nbytes > self.size:
             self.fail("it ends inside its header; copy it again", "gguf.truncated")
-        if end > _HEADER_LIMIT_BYTES:
+        if self.position + nbytes > _HEADER_LIMIT_BYTES:
             self.fail(f"its header is larger than {_HEADER_LIMIT_BYTES >> 20} MiB")
-        while len(self._buffer) < end:
-            chunk = os.pread(self._fd, max(1 << 20, end - len(self._buffer)), len(self._buffer))
-            if not chunk:
+        self.position += nbytes
+
+    def take(self, nbytes: int) -> int:
+        """Make the next bytes available in the window; returns where in it they begin."""
+        start = self.position
+        self.skip(nbytes)
+        if not self._base <= start <= self._base + len(self._window) - nbytes:
+            self._window = os.pread(self._fd, max(1 << 20, nbytes), start)
+            self._base = start
+            if len(self._window) < nbytes:
                 self.fail("it ends inside its header; copy it again", "gguf.truncated")
-            self._buffer += chunk
-        self.position = end
-        return start
+        return start - self._base
 
     def raw(self, nbytes: int) -> bytes:
         start = self.take(nbytes)
-        return bytes(self._buffer[start : start + nbytes])
+        return self._window[start : start + nbytes]
 
     def scalar(self, form: str) -> Any:
         start = self.take(struct.calcsize("<" + form))
-        return struct.unpack_from("<" + form, self._buffer, start)[0]
+        return struct.unpack_from("<" + form, self._window, start)[0]
 
     def array(self, form: str, count: int) -> tuple[Any, ...]:
         start = self.take(struct.calcsize("<" + form) * count)
-        return struct.unpack_from(f"<{count}{form}", self._buffer, start)
+        return struct.unpack_from(f"<{count}{form}", self._window, start)
 
-    def string(self) -> str:
-        length = self.scalar("Q")
+    def string_length(self) -> int:
+        length = int(self.scalar("Q"))
         if length > _STRING_LIMIT_BYTES:
             self.fail(f"a string of {length} bytes is longer than {_STRING_LIMIT_BYTES >> 20} MiB")
+        return length
+
+    def string(self) -> str:
+        length = self.string_length()
         # Token texts need not be valid UTF-8 (SentencePiece byte pieces); surrogateescape keeps them distinct.
         return self.raw(length).decode("utf-8", "surrogateescape")
 
@@ -187,13 +177,20 @@ def _value(cursor: _Cursor, key: str, kind: int) -> Any:
     if kind != _ARRAY:
         cursor.fail(f"{key} has the unknown type {kind}")
     item, count = cursor.scalar("I"), cursor.scalar("Q")
-    if count > _ARRAY_LIMIT:
-        cursor.fail(f"{key} has {count} elements")
     if item in _SCALARS:
-        return cursor.array(_SCALARS[item], count)
+        if key in _KEPT_ARRAYS and count <= _STRINGS_LIMIT:
+            return cursor.array(_SCALARS[item], count)
+        cursor.skip(struct.calcsize("<" + _SCALARS[item]) * count)
+        return None
     if item != _STRING:
         cursor.fail(f"{key} is an array of type {item}; only numbers and strings are allowed")
-    return [cursor.string() for _ in range(count)]
+    if count > _STRINGS_LIMIT:
+        cursor.fail(f"{key} has {count} strings, at most {_STRINGS_LIMIT} are allowed")
+    if key in _KEPT_ARRAYS:
+        return [cursor.string() for _ in range(count)]
+    for _ in range(count):
+        cursor.skip(cursor.string_length())
+    return None
 
 
 def _tensor(cursor: _Cursor) -> TensorInfo:

@@ -52,6 +52,9 @@ _RULES = (
         "llama.rope.scaling.type", lambda v: v in ("none", "linear", "yarn", "longrope"), "a known type", optional=True
     ),
     Rule("llama.expert_count", lambda v: v == 0, "0 (mixtures of experts are not supported)", optional=True),
+    Rule("llama.expert_used_count", lambda v: v == 0, "0 (mixtures of experts are not supported)", optional=True),
+    Rule("llama.expert_group_count", lambda v: v == 0, "0 (mixtures of experts are not supported)", optional=True),
+    Rule("llama.nextn_predict_layers", lambda v: v == 0, "0 (prediction layers are not supported)", optional=True),
     Rule("split.count", lambda v: v in (0, 1), "1 (join the shards first)", optional=True),
     Rule("tokenizer.ggml.model", lambda v: v in ("gpt2", "llama"), "`gpt2` or `llama`"),
     Rule("tokenizer.ggml.tokens", lambda v: isinstance(v, list) and 1 <= len(v) <= 1 << 20, "a list of texts"),
@@ -97,6 +100,8 @@ def _check_vocabulary(metadata: dict[str, Any]) -> Problem | None:
     # llama.cpp keeps C strings: tokens that agree up to a NUL count as duplicates, and duplicates abort.
     if len({token.split("\0", 1)[0] for token in tokens}) != len(tokens) or "" in tokens:
         return Problem("tokenizer.ggml.tokens has an empty token or one that appears twice")
+    if metadata["tokenizer.ggml.model"] == "llama" and not {f"<0x{byte:02X}>" for byte in range(256)} <= set(tokens):
+        return Problem("tokenizer.ggml.tokens lacks some of the byte tokens <0x00> to <0xFF> of a `llama` vocabulary")
     for key in ("tokenizer.ggml.token_type", "tokenizer.ggml.scores"):
         values = metadata.get(key)
         if values is not None and (not isinstance(values, tuple) or len(values) != len(tokens)):

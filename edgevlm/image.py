@@ -7,9 +7,7 @@ file, one of our errors comes out. This is the only file that imports Pillow.
 
 from __future__ import annotations
 
-import errno
 import os
-import stat
 import threading
 import warnings
 from collections.abc import Iterator
@@ -18,7 +16,8 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
-from edgevlm.errors import EdgeVLMError, FileError, ImageError
+from edgevlm.errors import EdgeVLMError, ImageError
+from edgevlm.files import open_regular
 
 if TYPE_CHECKING:
     import numpy as np
@@ -130,22 +129,12 @@ def _read_file(path: str | os.PathLike[str], name: str, limits: ImageLimits) -> 
         FileError: It is missing, not a regular file, or the system refuses.
         ImageError: `image.too_many_bytes`.
     """
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # a FIFO would block in open()
-    try:
-        with open(os.open(path, flags), "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise _not_regular(name)
-            if status.st_size > limits.encoded_bytes:
-                raise _too_many_bytes(name, limits)
-            return file.read(limits.encoded_bytes + 1)  # one more than allowed: the file may be growing
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        code = getattr(error, "errno", errno.ENOENT)
-        if code in (errno.ENOENT, errno.ENOTDIR):
-            raise FileError(f"{name} does not exist; check the path", code="file.not_found") from error
-        if code in (errno.ELOOP, errno.ENXIO, errno.EISDIR):  # a loop of links, a socket, a folder
-            raise _not_regular(name) from error
-        raise FileError(f"{name} cannot be read: {os.strerror(code)}", code="file.unreadable") from error
+    with open_regular(path) as (file, size):
+        # One byte more than allowed: the file may be growing.
+        data = b"" if size > limits.encoded_bytes else file.read(limits.encoded_bytes + 1)
+    if size > limits.encoded_bytes or len(data) > limits.encoded_bytes:
+        raise _too_many_bytes(name, limits)
+    return data
 
 
 def _decode(data: bytes, name: str, limits: ImageLimits) -> NDArray[np.uint8]:
@@ -211,10 +200,6 @@ def _check_size(width: int, height: int, name: str, limits: ImageLimits) -> None
             f"{name} is {width} x {height} pixels; at most {limits.aspect} times as long as wide is accepted, cut it",
             code="image.aspect",
         )
-
-
-def _not_regular(name: str) -> FileError:
-    return FileError(f"{name} is not a regular file; pass the path of a picture", code="file.not_regular")
 
 
 def _too_many_bytes(name: str, limits: ImageLimits) -> ImageError:

@@ -18,8 +18,8 @@ from edgevlm.errors import DependencyError
 #: The binding whose struct layouts this code was checked against.
 LLAMA_CPP_PYTHON = "0.3.36"
 
-_LEVEL_WARN = 2  # enum ggml_log_level
-_LEVEL_CONTINUE = 5
+# enum ggml_log_level of the pinned version; the comment in the binding's own _logger.py is of an older one
+_LEVEL_WARN, _LEVEL_ERROR, _LEVEL_CONTINUE = 3, 4, 5
 _log: collections.deque[str] = collections.deque(maxlen=50)
 
 
@@ -67,12 +67,17 @@ def _log_callback(native: ModuleType) -> Any:
         level = previous if level == _LEVEL_CONTINUE else level
         previous = level
         line = text.decode("utf-8", "replace").strip()
-        if level >= _LEVEL_WARN and level < _LEVEL_CONTINUE - 1 and line:
+        if level in (_LEVEL_WARN, _LEVEL_ERROR) and line:
             _log.append(line)
 
     return keep
 
 
+def clear_log() -> None:
+    """Forget the log, so that a failure is not explained by an older one. Call it before what may fail."""
+    _log.clear()
+
+
 def last_log(lines: int = 3) -> str:
-    """The latest warnings and errors that llama.cpp logged, newest last, joined by "; "."""
-    return "; ".join(list(_log)[-lines:])
+    """The latest warnings and errors since `clear_log`, newest last, joined by "; "; says so if there are none."""
+    return "; ".join(list(_log)[-lines:]) or "llama.cpp gave no reason"

@@ -8,6 +8,8 @@ import resource
 import sys
 from pathlib import Path
 
+from edgevlm.errors import UsageError
+
 
 def usable_cpus() -> int:
     """Processors for heavy work: the affinity mask, cut to the cgroup's quota.
@@ -29,7 +31,22 @@ def _cgroup_quota(cpu_max: Path) -> int | None:
         return None
 
 
+def check_threads(threads: int | None) -> None:
+    """Refuse numbers of threads that a native pool would crash on.
+
+    Raises:
+        UsageError: not None and not between 1 and 1024.
+    """
+    if threads is not None and (type(threads) is not int or not 1 <= threads <= 1024):
+        raise UsageError(f"threads must be between 1 and 1024, found {threads!r}")
+
+
 def peak_rss_bytes() -> int:
     """The largest resident set of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
+    try:
+        # getrusage would report the peak of the program that started this one: Linux keeps it across exec.
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, ValueError, IndexError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import numbers
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edgevlm.errors import UsageError
@@ -29,39 +33,38 @@ class GenerateOptions:
     top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None
-    stop: tuple[str, ...] = ()
+    stop: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        _check(
-            self.max_tokens is None or _whole(self.max_tokens, 1, 1 << 24),
-            "max_tokens",
-            "a whole number from 1 up",
-            self.max_tokens,
-        )
-        _check(_number(self.temperature, 0, 10), "temperature", "between 0 and 10", self.temperature)
-        _check(_whole(self.top_k, 0, 1 << 24), "top_k", "a whole number from 0 up", self.top_k)
-        _check(_number(self.top_p, 0, 1) and self.top_p > 0, "top_p", "above 0 and at most 1", self.top_p)
-        _check(self.seed is None or _whole(self.seed, 0, (1 << 63) - 1), "seed", "between 0 and 2^63-1", self.seed)
+        put = functools.partial(object.__setattr__, self)  # frozen for everybody else
+        if self.max_tokens is not None:
+            put("max_tokens", _whole("max_tokens", self.max_tokens, 1, 1 << 24))
+        put("temperature", _number("temperature", self.temperature, 0, 10))
+        put("top_k", _whole("top_k", self.top_k, 0, 1 << 24))
+        put("top_p", _number("top_p", self.top_p, 0, 1))
+        _check(self.top_p > 0, "top_p", "above 0 and at most 1", self.top_p)
+        if self.seed is not None:
+            put("seed", _whole("seed", self.seed, 0, (1 << 63) - 1))
         stops = self.stop
-        _check(
-            isinstance(stops, tuple) and all(isinstance(s, str) and s for s in stops),
-            "stop",
-            "texts that are not empty",
-            stops,
-        )
+        _check(isinstance(stops, Sequence) and not isinstance(stops, (str, bytes)), "stop", "a list of texts", stops)
+        _check(all(isinstance(stop, str) and stop for stop in stops), "stop", "a list of texts, none empty", stops)
+        put("stop", tuple(stops))
 
 
-def _whole(value: object, low: int, high: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+def _whole(name: str, value: object, low: int, high: int) -> int:
+    """`value` as an int; whole numbers of other libraries, such as numpy's, are welcome, truth values are not."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    _check(number is not None and low <= number <= high, name, f"a whole number from {low} to {high}", value)
+    return number  # type: ignore[return-value]
 
 
-def _number(value: object, low: float, high: float) -> bool:
-    return (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and low <= value <= high
-    )
+def _number(name: str, value: object, low: float, high: float) -> float:
+    number = math.nan if isinstance(value, bool) or not isinstance(value, numbers.Real) else float(value)
+    _check(low <= number <= high, name, f"between {low} and {high}", value)
+    return number
 
 
 def _check(ok: bool, name: str, rule: str, found: object) -> None:

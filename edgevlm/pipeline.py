@@ -17,9 +17,10 @@ from edgevlm.encoder import Encoder
 from edgevlm.errors import BundleError, CapabilityError, FileError, UsageError
 from edgevlm.generate import Generation
 from edgevlm.image import load_image
-from edgevlm.machine import peak_rss_bytes
+from edgevlm.machine import check_threads, peak_rss_bytes
 from edgevlm.options import GenerateOptions
 from edgevlm.preprocess import preprocess
+from edgevlm.spec import ModelSpec
 from edgevlm.splice import Plan, PlannedImage, plan, splice
 
 if TYPE_CHECKING:
@@ -31,9 +32,9 @@ if TYPE_CHECKING:
 
 
 class Stream:
-    """An answer on its way: iterate over its pieces of text; `answer` is set when they are exhausted.
+    """An answer on its way: iterate over its pieces of text, once; `answer` is set when they are exhausted.
 
-    Closing the iterator (or leaving its loop) ends the generation.
+    Leaving the loop early ends the generation.
     """
 
     def __init__(self, pieces: Generator[str, None, Answer]) -> None:
@@ -41,7 +42,14 @@ class Stream:
         self._pieces = pieces
 
     def __iter__(self) -> Iterator[str]:
-        self.answer = yield from self._pieces
+        return self
+
+    def __next__(self) -> str:
+        try:
+            return next(self._pieces)
+        except StopIteration as end:
+            self.answer = self.answer or end.value
+            raise StopIteration from None
 
 
 class Model:
@@ -93,9 +101,13 @@ class Model:
         self, prompt: str, images: Sequence[ImageSource] = (), *, system: str | None = None, **options: Any
     ) -> Stream:
         """As `ask`, but yields the answer's text piece by piece; arguments are checked before the first piece."""
-        if isinstance(images, (str, bytes, os.PathLike)):
-            raise UsageError("images must be a list of pictures, found a single one; write images=[picture]")
-        if len(images):
+        self._decoder.check_open()
+        for name, text in (("prompt", prompt), ("system", "" if system is None else system)):
+            if not isinstance(text, str):
+                raise UsageError(f"{name} must be a text, found {type(text).__name__}")
+        if not isinstance(images, (list, tuple)):
+            raise UsageError(f"images must be a list, found {type(images).__name__}; write images=[picture]")
+        if images:
             self._vision()
         try:
             checked = GenerateOptions(**options)
@@ -130,7 +142,7 @@ class Model:
             pieces.append(piece)
             yield piece
         timings.first_token_s = generation.first_token_at - started
-        timings.generate_s = generation.ended_at - generation.first_token_at
+        timings.generate_s = generation.seconds
         timings.tokens_per_s = generation.tokens_per_s
         return Answer(
             text="".join(pieces),
@@ -150,6 +162,10 @@ class Model:
         pieces = prompts.render(messages, self._format)
         rows = self.spec.encoder.n_tokens if self.spec else 0
         segments = plan(pieces, self._decoder.tokenize, bos=self._format.bos, rows_per_image=rows)
+        if not segments:
+            raise CapabilityError(
+                f"the chat template of {self.name} makes nothing of this prompt", code="capability.no_template"
+            )
         self._decoder.reset()
         n_image_rows = sum(len(segment) for segment in segments if isinstance(segment, PlannedImage))
         self._decoder.check_room(sum(map(len, segments)), of_images=n_image_rows)
@@ -169,7 +185,8 @@ class Model:
             embeds_TND = encoder.encode(tiles_TCHW)
         return embeds_TND.reshape(-1, embeds_TND.shape[-1])
 
-    def _vision(self) -> tuple[Any, Encoder]:
+    def _vision(self) -> tuple[ModelSpec, Encoder]:
+        self._decoder.check_open()
         if self.spec is None or self._encoder is None:
             raise CapabilityError(
                 f"{self.name} is a text-only model and cannot see pictures; ask without them or choose a vision model",
@@ -201,20 +218,20 @@ def load(
         with edgevlm.load() as model:
             print(model.ask("What does the display read?", images=["panel.jpg"]).text)
     """
-    if threads is not None and (type(threads) is not int or not 1 <= threads <= 1024):
-        raise UsageError(f"threads must be between 1 and 1024, found {threads!r}")
+    check_threads(threads)
     started = time.perf_counter()
     path = BUILTIN if model is None else Path(model)
     bundle = encoder = None
-    if path.is_dir():
+    # os.path answers False where Path would raise: a name too long, a NUL in it
+    if os.path.isdir(path) and model != "":
         bundle = open_bundle(path)
-        encoder = Encoder(bundle.path("encoder"), bundle.spec.encoder, threads=threads)
         decoder = Decoder(bundle.path("decoder"), context=context, threads=threads, kv_type=kv_type)
         _check_pair(path, bundle, decoder)
-    elif path.exists():
+        encoder = Encoder(bundle.path("encoder"), bundle.spec.encoder, threads=threads)
+    elif os.path.exists(path):
         decoder = Decoder(path, context=context, threads=threads, kv_type=kv_type)
     else:
-        raise FileError(f"there is no model {path}; give a bundle folder or a .gguf file", code="file.not_found")
+        raise FileError(f"there is no model `{model}`; give a bundle folder or a .gguf file", code="file.not_found")
     loaded = Model(bundle.spec.name if bundle else path.name, decoder, bundle, encoder)
     loaded.load_s = time.perf_counter() - started
     return loaded
@@ -242,6 +259,6 @@ def _prompt_format(name: str, decoder: Decoder, image_token: str | None) -> prom
         template=template,
         bos=decoder.header.token("bos"),
         eos=decoder.header.token("eos"),
-        control_tokens=decoder.header.control_tokens,
+        control_tokens=decoder.control_tokens,
         image_token=image_token,
     )

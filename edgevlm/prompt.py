@@ -1,18 +1,18 @@
 """Messages to prompt pieces, through the model's own chat template.
 
-The template is Jinja, as in Hugging Face tokenizers, and comes from the model file: it is untrusted code and runs in
-Jinja's sandbox. What the user wrote must stay text: literals of control tokens inside it are shielded before rendering
-and never become control tokens or pictures.
+The template comes from the model file and runs in a sandbox (`template.py`). What the user wrote must stay text:
+literals of control tokens inside it are shielded before rendering and never become control tokens or pictures.
 """
 
 from __future__ import annotations
 
-import functools
 import re
+import secrets
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
-from edgevlm.errors import CapabilityError, UsageError
+from edgevlm.errors import CapabilityError, EdgeVLMError, UsageError
+from edgevlm.template import render_template
 
 Message = dict[str, Any]
 
@@ -79,18 +79,16 @@ def render(messages: list[Message], form: PromptFormat) -> list[Piece]:
     """
     shield = _Shield(form)
     n_images = sum(part["type"] == "image" for message in messages for part in _parts(message))
+    shielded = [shield.message(message) for message in messages]
     try:
-        rendered = _compile(form.template).render(
-            messages=[shield.message(message) for message in messages],
-            add_generation_prompt=True,
-            bos_token=form.bos,
-            eos_token=form.eos,
-        )
-    except _template_errors() as error:
+        pieces = shield.split(render_template(form.template, shielded, bos=form.bos, eos=form.eos))
+    except EdgeVLMError:
+        raise
+    except Exception as error:  # whatever the template's own code provokes
         raise CapabilityError(
-            f"the model's chat template cannot render this conversation: {error}", code="capability.no_template"
+            f"the model's chat template cannot render this conversation: {error or type(error).__name__}",
+            code="capability.no_template",
         ) from error
-    pieces = shield.split(rendered)
     slots = sum(isinstance(piece, ImageSlot) for piece in pieces)
     if slots != n_images:
         raise CapabilityError(
@@ -108,17 +106,18 @@ def _parts(message: Message) -> list[dict[str, Any]]:
 class _Shield:
     """Hides control-token literals of user text from the template and from the tokenizer.
 
-    Each literal becomes `NUL number NUL` while the template runs. NUL is refused in user text, so the marks are
-    unambiguous, and templates that trim or slice text leave them whole.
+    Each literal becomes `NUL nonce number NUL` while the template runs. NUL is refused in user text and a template
+    cannot know the nonce, so the marks are unambiguous, and templates that trim or slice text leave them whole.
     """
 
     def __init__(self, form: PromptFormat) -> None:
         self._image_token = form.image_token
+        self._nonce = secrets.token_hex(8)
         literals = {*form.control_tokens, *([form.image_token] if form.image_token else [])} - {""}
         # Longest first, so that a literal never hides a longer one that begins alike.
         self._literals = sorted(literals, key=lambda text: (-len(text), text))
         self._pattern = re.compile("|".join(map(re.escape, self._literals))) if literals else None
-        self._numbers = {text: number for number, text in enumerate(self._literals)}
+        self._marks = {text: f"\0{self._nonce}{number}\0" for number, text in enumerate(self._literals)}
 
     def message(self, message: Message) -> Message:
         content = message["content"]
@@ -136,10 +135,10 @@ class _Shield:
             text.encode("utf-8")
         except UnicodeEncodeError:
             raise UsageError("the prompt is not valid Unicode (it holds half of a surrogate pair)") from None
-        return self._pattern.sub(lambda m: f"\0{self._numbers[m.group()]}\0", text) if self._pattern else text
+        return self._pattern.sub(lambda match: self._marks[match.group()], text) if self._pattern else text
 
     def split(self, rendered: str) -> list[Piece]:
-        mark = r"\0(?P<number>\d+)\0"
+        mark = rf"\x00{self._nonce}(?P<number>[0-9]+)\x00"
         image = f"|(?P<image>{re.escape(self._image_token)})" if self._image_token else ""
         pieces: list[Piece] = []
         position, n_images = 0, 0
@@ -155,33 +154,3 @@ class _Shield:
         if position < len(rendered):
             pieces.append(TextPiece(rendered[position:]))
         return pieces
-
-
-@functools.lru_cache(maxsize=8)
-def _compile(template: str) -> Any:
-    """Compile a template in the environment that `transformers` documents for chat templates."""
-    import json
-    from datetime import datetime
-
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message: str) -> NoReturn:
-        raise CapabilityError(f"the model's chat template refused: {message}", code="capability.no_template")
-
-    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-        # Jinja's own filter escapes for HTML, which would change the prompt.
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(template)
-
-
-def _template_errors() -> tuple[type[BaseException], ...]:
-    from jinja2 import TemplateError
-
-    # Besides Jinja's own, whatever a template provokes by treating a value as what it is not.
-    return (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError, RecursionError, OverflowError)

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import types
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from edgevlm.errors import BundleError
@@ -25,6 +25,16 @@ Resample = Literal["box", "bilinear", "hamming", "bicubic", "lanczos"]
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 
 
+def _between(low: float, high: float) -> Any:
+    """A field whose numbers (or whose tuple's numbers) lie in a range that the stages can work with."""
+    return field(metadata={"range": (low, high)})
+
+
+def _maybe_between(low: float, high: float) -> Any:
+    """The same for a field that may be absent."""
+    return field(default=None, metadata={"range": (low, high)})
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageSpec:
     """How pixels become the encoder's input, in the reference processor's own order of operations.
@@ -33,14 +43,14 @@ class ImageSpec:
     """
 
     policy: ImagePolicy
-    height_px: int
-    width_px: int
-    shortest_px: int | None = None
+    height_px: int = _between(1, 4096)
+    width_px: int = _between(1, 4096)
+    shortest_px: int | None = _maybe_between(1, 8192)
     resample: Resample
-    rescale: float
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    pad_rgb: tuple[int, int, int] | None = None
+    rescale: float = _between(1e-9, 1e9)
+    mean: tuple[float, float, float] = _between(-1e9, 1e9)
+    std: tuple[float, float, float] = _between(1e-9, 1e9)
+    pad_rgb: tuple[int, int, int] | None = _maybe_between(0, 255)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,17 +62,17 @@ class EncoderSpec:
 
     tower: Literal["siglip", "clip"]
     connector: Literal["linear", "mlp"]
-    layers: int
-    hidden: int
-    heads: int
-    intermediate: int
-    patch_px: int
-    layer_norm_eps: float
+    layers: int = _between(0, 512)
+    hidden: int = _between(1, 65536)
+    heads: int = _between(1, 1024)
+    intermediate: int = _between(1, 1 << 20)
+    patch_px: int = _between(1, 256)
+    layer_norm_eps: float = _between(0, 1)
     activation: Activation
     post_norm: bool
     connector_activation: Activation
-    n_tokens: int
-    n_embd: int
+    n_tokens: int = _between(1, 1 << 16)
+    n_embd: int = _between(1, 65536)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +80,10 @@ class DecoderSpec:
     """The language model's sizes, as far as anything outside the GGUF file needs them."""
 
     arch: Literal["llama"]
-    layers: int
-    n_embd: int
-    vocab: int
-    context_length: int
+    layers: int = _between(1, 512)
+    n_embd: int = _between(1, 65536)
+    vocab: int = _between(1, 1 << 20)
+    context_length: int = _between(1, 1 << 24)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +139,16 @@ def from_json(cls: type[T], data: Any, where: str = "spec") -> T:
     missing = sorted(n for n, f in fields.items() if n not in data and f.default is dataclasses.MISSING)
     if missing:
         raise _invalid(where, f"missing field {', '.join(missing)}")
-    return cls(**{name: _value(hints[name], value, f"{where}.{name}") for name, value in data.items()})
+    values = {name: _value(hints[name], value, f"{where}.{name}") for name, value in data.items()}
+    for name, value in values.items():
+        _check_range(fields[name].metadata.get("range"), value, f"{where}.{name}")
+    return cls(**values)
+
+
+def _check_range(limits: tuple[float, float] | None, value: Any, where: str) -> None:
+    for number in value if isinstance(value, tuple) else (value,):
+        if limits and number is not None and not limits[0] <= number <= limits[1]:
+            raise _invalid(where, f"{number} is not between {limits[0]} and {limits[1]}")
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:

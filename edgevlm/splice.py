@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgevlm.prompt import ImageSlot, Piece
+from edgevlm.prompt import ImageSlot, Piece, TextPiece
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,21 +56,22 @@ Plan = list["TextSegment | PlannedImage"]
 def plan(pieces: Sequence[Piece], tokenize: Tokenize, *, bos: str, rows_per_image: int) -> Plan:
     """Tokenize the text and count the rows, before any picture is encoded.
 
-    Each text between pictures is tokenized on its own, as the reference implementations do. The BOS token comes first
-    exactly once: the tokenizer adds it unless the template has printed its text already.
+    Each text between pictures is tokenized on its own, as the reference implementations do. The BOS token comes first,
+    once: the tokenizer adds it (if the vocabulary wants one at all) unless the template has printed its text already.
     """
     segments: Plan = []
     tokens: list[int] = []
-    first = True
+    head = pieces[0] if pieces else None
+    printed = isinstance(head, TextPiece) and head.parse_special and bool(bos) and head.text.startswith(bos)
+    if isinstance(head, ImageSlot):
+        tokens += tokenize("", True, True)
     for piece in pieces:
         if isinstance(piece, ImageSlot):
             segments += [TextSegment(tuple(tokens))] if tokens else []
             segments.append(PlannedImage(piece.index, rows_per_image))
             tokens = []
         else:
-            add_bos = first and not (bos and piece.text.startswith(bos))
-            tokens += tokenize(piece.text, add_bos, piece.parse_special)
-        first = False
+            tokens += tokenize(piece.text, piece is head and not printed, piece.parse_special)
     return segments + ([TextSegment(tuple(tokens))] if tokens else [])
 
 

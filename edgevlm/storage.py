@@ -40,12 +40,16 @@ def storage_errors(path: Path, *, needed: int | None = None) -> Iterator[None]:
         # numpy's `tofile` reports a short write without the reason; regular files have one only when there is no room
         if error.errno is not None and error.errno not in _FULL:
             raise StorageError(f"cannot write {path}: {error.strerror or error}", code="storage.failed") from error
-        wanted = "" if needed is None else f", it needs {megabytes(needed)}"
-        raise StorageError(
-            f"no room to write {path}{wanted}, {megabytes(free_bytes(path))} are free; "
-            "make room or choose another place",
-            code="storage.full",
-        ) from error
+        raise full(path, needed) from error
+
+
+def full(path: Path, needed: int | None) -> StorageError:
+    """The error for a disk without room for `path`; `needed` as in `storage_errors`."""
+    wanted = "" if needed is None else f", it needs {megabytes(needed)}"
+    return StorageError(
+        f"no room to write {path}{wanted}, {megabytes(free_bytes(path))} are free; make room or choose another place",
+        code="storage.full",
+    )
 
 
 def free_bytes(path: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import pickle
 import re
 import subprocess
 import sys
@@ -21,10 +22,10 @@ HEAVY = {"PIL", "onnxruntime", "llama_cpp", "gguf", "onnx_ir", "onnx", "jinja2",
 REFERENCES = {"torch", "transformers", "tokenizers", "safetensors"}
 
 #: Who may import whom inside edgevlm: one direction, from the front ends down to the contracts.
-BASE = {"errors", "spec", "machine", "options", "answer", "text"}
+BASE = {"errors", "files", "spec", "machine", "options", "answer", "text"}
 STAGES = {"_kernels", "bundle", "decoder", "encoder", "generate", "gguf", "gguf_llama", "image", "kernels", "llama",
-          "preprocess", "prompt", "sampling", "splice", "storage"}  # fmt: skip
-CONVERTERS_MAY = {"errors", "spec", "bundle", "storage", "llama", "encoder", "families", "gguf"}
+          "preprocess", "prompt", "sampling", "splice", "storage", "template"}  # fmt: skip
+CONVERTERS_MAY = {"errors", "files", "spec", "bundle", "storage", "llama", "encoder", "families", "gguf"}
 
 
 def sources() -> dict[str, ast.Module]:
@@ -134,6 +135,14 @@ def test_every_raised_code_is_registered_and_every_registered_code_is_raised() -
     never = {code for code in errors.CODES if f'"{code}"' not in raised}
     assert never == set()
     assert used - {"bundle.json"} <= set(errors.CODES)
+
+
+def test_errors_survive_the_way_between_processes() -> None:
+    samples = [cls("words", code="file.not_found") for cls in (errors.FileError, errors.BundleError, errors.ImageError)]
+    samples += [errors.UsageError("words"), errors.ContextError("words", needed=3, available=2)]
+    for error in samples:
+        copy = pickle.loads(pickle.dumps(error))
+        assert (type(copy), str(copy), vars(copy)) == (type(error), str(error), vars(error))
 
 
 def test_the_drawn_tree_is_the_tree() -> None:

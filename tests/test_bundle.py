@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -101,8 +102,25 @@ BAD_NAMES = [
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_names_that_leave_the_folder(bundle: Path, name: str) -> None:
     edit(bundle, lambda d: d["files"][0].update(name=name))
-    with pytest.raises(BundleError):
+    with pytest.raises(BundleError) as caught:
         open_bundle(bundle)
+    assert caught.value.code == "bundle.invalid"
+
+
+def test_data_that_the_graph_would_not_read(bundle: Path) -> None:
+    """The graph names its data file itself: listing a sound copy under another name must not hide a damaged one."""
+    shutil.copy(bundle / "encoder.onnx.data", bundle / "copy")
+    edit(bundle, lambda d: next(f for f in d["files"] if f["role"] == "encoder-data").update(name="copy"))
+    with pytest.raises(BundleError, match=r"encoder\.onnx\.data"):
+        open_bundle(bundle)
+
+
+def test_a_manifest_that_is_a_pipe_is_not_waited_for(bundle: Path) -> None:
+    (bundle / MANIFEST_NAME).unlink()
+    os.mkfifo(bundle / MANIFEST_NAME)
+    with pytest.raises(FileError) as caught:
+        open_bundle(bundle)
+    assert caught.value.code == "file.not_regular"
 
 
 CHANGES = {
@@ -111,6 +129,11 @@ CHANGES = {
     "missing field": lambda d: d["spec"]["encoder"].pop("n_tokens"),
     "wrong type": lambda d: d["spec"]["encoder"].update(n_tokens="64"),
     "boolean for a number": lambda d: d["spec"]["encoder"].update(n_tokens=True),
+    "negative size of the output": lambda d: d["spec"]["encoder"].update(n_tokens=-1),
+    "a picture without height": lambda d: d["spec"]["image"].update(height_px=0),
+    "a picture of 2^20 rows": lambda d: d["spec"]["image"].update(height_px=1 << 20),
+    "a colour above 255": lambda d: d["spec"]["image"].update(pad_rgb=[0, 0, 999]),
+    "no deviation": lambda d: d["spec"]["image"].update(std=[0.5, 0.0, 0.5]),
     "infinite number": lambda d: d["spec"]["image"].update(rescale=float("inf")),
     "unknown policy": lambda d: d["spec"]["image"].update(policy="magic"),
     "short tuple": lambda d: d["spec"]["image"].update(mean=[0.5, 0.5]),

@@ -43,7 +43,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
             main()
             code = 0
         except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 0
+            code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
         captured = capsys.readouterr()
         return Run(code, captured.out, captured.err)
 
@@ -201,6 +201,23 @@ def test_models_that_are_not_there_or_damaged(run: Runner, panel: Path, tmp_path
         data[len(data) // 2] ^= 4
         (bundle / name).write_bytes(data)
         refused(run("ask", QUESTION, "-i", panel, "-m", bundle), "bundle.hash_mismatch", 1, name)
+
+
+def test_streams_that_cannot_be_used(panel: Path) -> None:
+    """Real shells: a full disk behind stdout, closed streams, a picture without end."""
+    ask = f'"{EDGEVLM}" ask "{QUESTION}" -i'
+    for shell, code in (
+        (f'{ask} "{panel}" > /dev/full', "storage.full"),
+        (f'{ask} "{panel}" >&-', "usage.invalid"),
+        (f"{ask} - <&-", "usage.invalid"),
+        (f"{ask} - < /dev/zero", "usage.invalid"),
+        (f'{ask} "{panel}" -m {"x" * 300}', "file.not_found"),
+        (f'{ask} "{panel}" -m ""', "file.not_found"),
+    ):
+        result = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=120)
+        assert result.returncode in (1, 2), shell
+        assert result.stderr.count("\n") == 1, result.stderr
+        assert f"[{code}]" in result.stderr, shell
 
 
 def test_arguments_outside_their_range(run: Runner, panel: Path) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import edgevlm
 from edgevlm.decoder import Decoder
@@ -135,13 +138,20 @@ def test_threads_outside_the_range(smollm2: Path, threads: int) -> None:
 def test_unknown_options_and_a_single_picture(model: edgevlm.Model) -> None:
     with pytest.raises(UsageError, match="max_token"):
         model.ask("x", max_token=3)
-    with pytest.raises(UsageError, match=r"images=\[picture\]"):
-        model.ask("x", images="picture.jpg")
+    for single in ("picture.jpg", b"", np.zeros((4, 8, 3), np.uint8), Image.new("RGB", (4, 4)), None):
+        with pytest.raises(UsageError, match=r"images=\[picture\]"):
+            model.ask("x", images=single)  # type: ignore[arg-type]
+    for wrong in (None, b"x", 3):
+        with pytest.raises(UsageError, match="prompt must be a text"):
+            model.ask(wrong)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="system must be a text"):
+        model.ask("x", system=3)  # type: ignore[arg-type]
 
 
 def test_a_long_run_of_one_character_is_refused_before_the_tokenizer_overflows(model: edgevlm.Model) -> None:
-    with pytest.raises(UsageError, match="run of 60000"):
-        model.ask("a" * 60000)
+    for text in ("a" * 60000, "a\u0301" * 30000, " " * 60000):
+        with pytest.raises(UsageError, match="run of 600"):
+            model.ask(text)
 
 
 def test_a_truncated_file_is_refused(smollm2: Path, tmp_path: Path) -> None:
@@ -163,6 +173,7 @@ def test_a_wrong_shape_is_llama_cpps_error_in_one_line(smollm2: Path, tmp_path: 
         edgevlm.load(damaged)
     assert caught.value.code == "backend.load"
     assert "damaged.gguf" in str(caught.value)
+    assert "wrong number of tensors" in str(caught.value)
 
 
 # ---- the native edge
@@ -187,13 +198,22 @@ def test_rows_of_embeddings_give_the_same_logits_as_their_tokens(decoder: Decode
     assert np.abs(damaged - reference).max() > 0.05
 
 
-def test_more_rows_than_a_batch(decoder: Decoder, smollm2: Path) -> None:
-    long = Decoder(smollm2, context=2048)
-    tokens = tuple(range(1000, 2300))
-    long.prefill([TextSegment(tokens)])
-    assert long.n_past == 1300
-    assert np.isfinite(long.logits()).all()
-    long.close()
+@pytest.mark.parametrize("as_rows", [False, True])
+def test_segments_longer_than_a_batch_are_cut_in_the_right_places(smollm2: Path, as_rows: bool) -> None:
+    """600 positions at once are two batches; the same cut by hand at the same place gives the same bits."""
+    tokens = tuple(range(1000, 1600))
+    rows = np.random.default_rng(1).normal(size=(600, 576)).astype(np.float32)
+
+    def part(start: int, stop: int) -> TextSegment | ImageSegment:
+        return ImageSegment(rows[start:stop]) if as_rows else TextSegment(tokens[start:stop])
+
+    decoder = Decoder(smollm2, context=768)
+    whole = logits_after(decoder, part(0, 600))
+    assert decoder.n_past == 600
+    assert np.array_equal(logits_after(decoder, part(0, 512), part(512, 600)), whole)
+    # the twin: the second batch reads from the beginning again
+    assert not np.array_equal(logits_after(decoder, part(0, 512), part(0, 88)), whole)
+    decoder.close()
 
 
 def test_decoding_the_same_again_gives_the_same_bits(decoder: Decoder) -> None:
@@ -221,7 +241,59 @@ def test_tokens_round_trip(decoder: Decoder) -> None:
     assert len(decoder.tokenize("<|im_end|>", False, False)) > 1
 
 
-def test_closing_twice_is_harmless(smollm2: Path) -> None:
-    decoder = Decoder(smollm2, context=64)
-    decoder.close()
-    decoder.close()
+def test_nothing_native_is_called_after_close(smollm2: Path) -> None:
+    model = edgevlm.load(smollm2, context=64)
+    stream = model.stream("Tell me a story.")
+    assert next(stream)
+    model.close()
+    model.close()
+    for use in (
+        lambda: next(stream),
+        lambda: model.ask("x"),
+        lambda: model.embed_image("x.jpg"),
+        model._decoder.logits,
+    ):
+        with pytest.raises(UsageError, match="closed"):
+            use()
+
+
+def test_an_answer_that_another_question_interrupts_fails(model: edgevlm.Model) -> None:
+    first = model.stream("What is water made of?")
+    assert next(first)
+    assert model.ask("What is fire?", max_tokens=3).text
+    with pytest.raises(UsageError, match="interrupted"):
+        for _ in first:
+            pass
+
+
+def test_there_are_no_logits_before_a_prompt(decoder: Decoder) -> None:
+    decoder.reset()
+    with pytest.raises(BackendError, match="no logits"):
+        decoder.logits()
+
+
+def test_control_tokens_are_those_that_llama_cpp_takes_for_such(
+    smollm2: Path, tmp_path: Path, decoder: Decoder
+) -> None:
+    """A file may call <|im_end|> ordinary (a common bug of converters); llama.cpp knows better, and so do we."""
+    assert {"<|im_start|>", "<|im_end|>", "<|endoftext|>"} <= set(decoder.control_tokens)
+    data = bytearray(smollm2.read_bytes())
+    key = b"tokenizer.ggml.token_type"
+    first = data.index(key) + len(key) + 4 + 4 + 8  # value type, item type, count
+    data[first + 4 * 2 : first + 4 * 3] = (1).to_bytes(4, "little")
+    retyped = tmp_path / "retyped.gguf"
+    retyped.write_bytes(data)
+    other = Decoder(retyped, context=64)
+    assert "<|im_end|>" in other.control_tokens
+    other.close()
+
+
+def test_a_stream_may_still_run_when_the_interpreter_exits(smollm2: Path) -> None:
+    code = (
+        "import edgevlm, sys, threading, time\n"
+        "model = edgevlm.load(sys.argv[1], context=512)\n"
+        "threading.Thread(target=lambda: list(model.stream('Tell me a story.')), daemon=True).start()\n"
+        "time.sleep(0.5)\n"
+    )
+    command = [sys.executable, "-c", code, str(smollm2)]
+    assert subprocess.run(command, timeout=120, check=False).returncode == 0

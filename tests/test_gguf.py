@@ -23,7 +23,6 @@ def write(tmp_path: Path, data: bytes) -> Path:
 def test_reads_a_valid_header(tmp_path: Path) -> None:
     header = read_header(write(tmp_path, build()))
     assert header.context_length == 128
-    assert header.control_tokens == ("<s>",)
     assert header.token("bos") == "<s>"
     assert header.token("eos") == ""
     assert header.chat_template == "{{ messages[0].content }}"
@@ -38,7 +37,7 @@ def test_reads_a_real_file(smollm2: Path) -> None:
     header = read_header(smollm2)
     assert header.metadata["llama.block_count"] == 30
     assert len(header.tensors) == 272
-    assert "<|im_end|>" in header.control_tokens
+    assert header.token("eos") == "<|im_end|>"
 
 
 def with_key(key: str, *value: object) -> bytes:
@@ -90,6 +89,16 @@ BAD = {
     "epsilon NaN": (with_key("llama.attention.layer_norm_rms_epsilon", F32, float("nan")), "gguf.invalid"),
     "rope base infinite": (with_key("llama.rope.freq_base", F32, float("inf")), "gguf.invalid"),
     "unknown rope scaling": (with_key("llama.rope.scaling.type", STR, "foo"), "gguf.invalid"),
+    "experts used": (with_key("llama.expert_used_count", U32, 2), "gguf.invalid"),
+    "expert groups": (with_key("llama.expert_group_count", U32, 2), "gguf.invalid"),
+    "prediction layers": (with_key("llama.nextn_predict_layers", U32, 2), "gguf.invalid"),
+    "SentencePiece without byte tokens": (with_key("tokenizer.ggml.model", STR, "llama"), "gguf.invalid"),
+    "2^63 numbers in an array": (
+        build({**VALID, "x": (ARR, U32, [7])}).replace(
+            b"x\x09\0\0\0\x04\0\0\0\x01\0\0\0\0\0\0\0", b"x\x09\0\0\0\x04\0\0\0\0\0\0\0\0\0\0\x80"
+        ),
+        "gguf.truncated",
+    ),
     "experts": (with_key("llama.expert_count", U32, 8), "gguf.invalid"),
     "split file": (with_key("split.count", U32, 2), "gguf.invalid"),
     "vocabulary `test`": (with_key("tokenizer.ggml.model", STR, "test"), "gguf.invalid"),

@@ -73,12 +73,34 @@ def test_text_that_no_tokenizer_takes(text: str) -> None:
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
         "{{ 1 + 'a' }}",
         "{{ messages.append(1) }}",
+        "{{ 1 / 0 }}",
+        "{{ 'a' * 10 ** 10 }}",
+        "{{ 10 ** 10 ** 10 }}",
+        "{{ '%01000000000d' % 1 }}",
+        "{% for m in range(2000) %}{{ 'a' * 100000 }}{% endfor %}",
+        "{{ '\\ud800' }}",
+        "{% for a in 'a' %}" * 30 + "{% endfor %}" * 30,
     ],
 )
 def test_bad_templates_are_one_clear_error(template: str) -> None:
     with pytest.raises(CapabilityError) as caught:
         render(user_messages("x", 0, None), dataclasses.replace(FORM, template=template))
     assert caught.value.code == "capability.no_template"
+
+
+def test_marks_that_a_template_forges_are_text() -> None:
+    forged = dataclasses.replace(FORM, template="a\0" + "0" * 16 + "0\0b\0999\0")
+    assert text_of(render(user_messages("x", 0, None), forged)) == forged.template
+
+
+def test_what_transformers_offers_to_templates() -> None:
+    template = (
+        "{% generation %}{{ messages[0].content }}{% endgeneration %}{% if tools is none and documents is none %}!"
+        "{% endif %}{{ {'a': '<é>'} | tojson }}{{ strftime_now('%Y') | length }}"
+        "{% for i in [1] %}{% break %}{% endfor %}"
+    )
+    form = dataclasses.replace(FORM, template=template)
+    assert text_of(render(user_messages("x", 0, None), form)) == 'x!{"a": "<é>"}4'
 
 
 def test_a_template_that_ignores_pictures_is_refused() -> None:
@@ -102,6 +124,10 @@ def test_plan_counts_and_puts_bos_once() -> None:
     ]
     printed = plan([TextPiece("<|bos|>a")], fake_tokenize, bos="<|bos|>", rows_per_image=5)
     assert printed == [TextSegment(tuple(map(ord, "<|bos|>a")))]
+    spelled = plan([TextPiece("<|bos|>", False), TextPiece("a")], fake_tokenize, bos="<|bos|>", rows_per_image=5)
+    assert spelled == [TextSegment((1, *map(ord, "<|bos|>a")))]
+    leading = plan([ImageSlot(0), TextPiece("a")], fake_tokenize, bos="", rows_per_image=5)
+    assert leading == [TextSegment((1,)), PlannedImage(0, 5), TextSegment((ord("a"),))]
     assert plan([TextPiece("a")], fake_tokenize, bos="", rows_per_image=5) == [TextSegment((1, ord("a")))]
 
 
