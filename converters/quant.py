@@ -13,7 +13,8 @@ from pathlib import Path
 
 from edgevlm import llama
 from edgevlm.errors import BackendError, UsageError
-from edgevlm.storage import storage_errors
+from edgevlm.machine import usable_cpus
+from edgevlm.storage import free_bytes, full, storage_errors
 
 _BUFFER_BYTES = 256 << 20  # rows in memory at once; llama.cpp's own default of 8 GiB is too much for a small board
 
@@ -84,14 +85,26 @@ def quantize(source: Path, out: Path, wanted: Recipe, *, size_estimate: int) -> 
     """
     native = llama.library()
     params = native.llama_model_quantize_default_params()
-    params.nthread = len(os.sched_getaffinity(0))
+    params.nthread = usable_cpus()
     params.ftype = wanted.file_type
     params.pure = wanted.pure
     params.max_buf_size = _BUFFER_BYTES
     status = native.llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(params))
     if status == 0:
         return
-    # llama.cpp says only "iostream error" when the disk is full: ask the file system for the room itself.
-    with storage_errors(out, needed=size_estimate), open(out, "ab") as file:
-        os.posix_fallocate(file.fileno(), 0, size_estimate)
-    raise BackendError(f"llama.cpp could not quantize to {wanted.name}: {llama.last_log()}", code="backend.failed")
+    reason = llama.last_log()
+    _check_room(out, size_estimate)
+    raise BackendError(f"llama.cpp could not quantize to {wanted.name}: {reason}", code="backend.failed")
+
+
+def _check_room(out: Path, needed: int) -> None:
+    """Raise StorageError if there is no room for `out`: llama.cpp says only "iostream error" then.
+
+    Free room is compared because a write beyond the end takes none; that write finds the limits on a file's length.
+    """
+    written = out.stat().st_size if out.exists() else 0
+    if written + free_bytes(out) < needed:
+        raise full(out, needed)
+    with storage_errors(out, needed=needed), open(out, "r+b" if written else "wb") as file:
+        file.seek(needed)
+        file.write(b"\0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 
 import gguf
@@ -19,7 +20,7 @@ from edgevlm.converters.transforms import (
     to_bfloat16_bits,
     to_float16,
 )
-from edgevlm.errors import BackendError, CheckpointError, UsageError
+from edgevlm.errors import BackendError, CheckpointError, StorageError, UsageError
 from edgevlm.gguf import read_header
 
 RNG = np.random.default_rng(0)
@@ -209,6 +210,20 @@ def test_a_file_that_llama_cpp_cannot_quantize_is_a_backend_error(tmp_path):
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0))
     with pytest.raises(BackendError, match="could not quantize to q8_0"):
         quant.quantize(path, tmp_path / "out.gguf", quant.RECIPES["q8_0"], size_estimate=100)
+
+
+def test_quantizing_asks_for_nothing_that_only_linux_has(tmp_path, monkeypatch):
+    for name in ("sched_getaffinity", "posix_fallocate"):
+        monkeypatch.delattr(os, name, raising=False)
+    convert(tiny.shared(Variant())[0], tmp_path / "out", decoder_quant="q8_0")
+    broken = tmp_path / "x.gguf"
+    broken.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0))
+    with pytest.raises(BackendError):
+        quant.quantize(broken, tmp_path / "y.gguf", quant.RECIPES["q8_0"], size_estimate=100)
+    monkeypatch.setattr(quant, "free_bytes", lambda path: 99)  # what a disk without room looks like after the failure
+    with pytest.raises(StorageError, match="no room") as caught:
+        quant.quantize(broken, tmp_path / "z.gguf", quant.RECIPES["q8_0"], size_estimate=100)
+    assert caught.value.code == "storage.full"
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0", "iq4_nl"])
