@@ -242,3 +242,29 @@ def test_digits_are_tokens_of_their_own(tokenizer) -> None:
 def test_tokenizer_begins_the_text_once(tokenizer) -> None:
     assert tokenizer.encode("hello").tokens[0] == "<|begin_of_text|>"
     assert "<|begin_of_text|>" not in tokenizer.encode("hello", add_special_tokens=False).tokens
+
+
+def test_packed_questions_are_what_the_chat_template_renders() -> None:
+    transformers = pytest.importorskip("transformers")
+    from panel.decoder_step import Packer
+
+    chat = transformers.AutoTokenizer.from_pretrained(CHECKPOINT)
+    packer, rng = Packer(chat), random.Random(0)
+    image_id = chat.convert_tokens_to_ids("<image>")
+    for truth in truths(20):
+        batch = packer.pack([truth], rng)
+        ids, positions, allowed_TT = batch.ids_BT[0].tolist(), batch.positions_BT[0].tolist(), batch.allowed_B1TT[0, 0]
+        n_prefix = len(packer.prefix_ids)
+        starts = [i for i in range(n_prefix, len(ids)) if i == n_prefix or positions[i] == n_prefix]
+        if len(starts) == 1:
+            continue  # turns of one conversation
+        for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+            own = allowed_TT[end - 1].nonzero()[:, 0].tolist()
+            if not any(ids[i] == image_id for i in own):
+                continue  # the question without a picture
+            assert own == [*range(n_prefix), *range(start, end)]
+            text = chat.decode([ids[i] for i in own if ids[i] != image_id])
+            question, answer_text = (part.split("<|eot_id|>")[0] for part in text.split("<|end_header_id|>\n\n")[1:])
+            content = [{"type": "image"}, {"type": "text", "text": question}]
+            messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer_text}]
+            assert text == chat.apply_chat_template(messages, tokenize=False).replace("<image>", "")
