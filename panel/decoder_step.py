@@ -22,9 +22,16 @@ from panel.truth import PanelTruth
 
 MULTI_TURN_SHARE = 0.2
 NO_PICTURE_SHARE = 0.1
-ALWAYS_ASKED = ("display", "gauge")
-ALSO_ASKED = ("lamps_on", "lamp_state", "lamp_count", "lit_count", "describe")
-N_ALSO_ASKED = 1
+#: What a picture is asked, by training step: all of the first, and a random choice of so many of the second. Display and
+#: gauge are learned while the tower still moves; the many ways to ask about lamps get their turn afterwards.
+ASKED = {
+    "decoder": (("display", "gauge"), ("lamps_on", "lamp_state", "lamp_count", "lit_count", "describe"), 1),
+    "answers": (
+        ("lamps_on", "lamp_state", "lamp_count"),
+        ("display", "gauge", "gauge", "lit_count", "lamp_state", "describe"),
+        3,
+    ),
+}
 VALUE_WEIGHT = 2.0  # loss weight of a digit or point: the hard part of an answer
 SENTENCE_WEIGHT = 0.4  # of the words around the values in a description
 
@@ -44,8 +51,10 @@ class Batch:
 class Packer:
     """Turns truths into packed token sequences that are, piece by piece, what the chat template renders."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, step: str) -> None:
         self._tokenizer = tokenizer
+        # The tower's step packs nothing; any entry does.
+        self._always, self._also, self._n_also = ASKED.get(step, ASKED["decoder"])
         self._image_id = tokenizer.convert_tokens_to_ids(IMAGE)
         self._pad_id = tokenizer.convert_tokens_to_ids(PAD)
         self._value_ids = {tokenizer.convert_tokens_to_ids(char) for char in "0123456789."}
@@ -78,7 +87,7 @@ class Packer:
         return prompt + answer, [0.0] * len(prompt) + weights
 
     def _sequence(self, truth: PanelTruth, rng: random.Random) -> dict[str, list]:
-        kinds = [*ALWAYS_ASKED, *rng.sample(ALSO_ASKED, N_ALSO_ASKED)]
+        kinds = [*self._always, *rng.sample(self._also, self._n_also)]
         rng.shuffle(kinds)
         questions = [sample_question(truth, kind, rng) for kind in kinds]
         multi_turn = rng.random() < MULTI_TURN_SHARE

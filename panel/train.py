@@ -1,10 +1,11 @@
-"""Trains the built-in model on the CPU, in two steps.
+"""Trains the built-in model on the CPU, in three steps.
 
     python -m panel.dataset --out DATA --shards 40
     python -m panel.train --data DATA --run RUN --step tower --pictures 100000
-    python -m panel.train --data DATA --run RUN --step decoder --pictures 80000 --out panel/checkpoint
+    python -m panel.train --data DATA --run RUN --step decoder --pictures 34000
+    python -m panel.train --data DATA --run RUN --step answers --pictures 32000 --out panel/checkpoint
 
-A step goes on where it stopped, from `RUN/<step>.pt`; the decoder step starts from the finished tower step.
+A step goes on where it stopped, from `RUN/<step>.pt`; each starts from the one before it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ LEARNING_RATES = {
     "tower": {"tower": 1e-3, "heads": 1e-3},
     # The tower keeps learning from its heads, slowly enough for the decoder to follow.
     "decoder": {"tower": 3e-4, "heads": 3e-4, "decoder": 1e-3},
+    # The tower stands still, and needs no heads any more.
+    "answers": {"decoder": 8e-4},
 }
+STARTS_FROM = {"tower": None, "decoder": "tower", "answers": "decoder"}
 HEADS_WEIGHT = 0.3  # of the heads' loss in the decoder step
 LOG_EVERY = 40  # batches
 SAVE_EVERY = 200
@@ -92,11 +96,12 @@ def open_run(folder: Path, step: str) -> Run:
     model = build_model(tokenizer)
     heads = Heads(IMAGE_TOKENS, model.config.vision_config.hidden_size)
     run = Run(step, tokenizer, model, heads, _optimizer(step, model, heads))
-    own, tower = folder / f"{step}.pt", folder / "tower.pt"
-    if step == "decoder" and not own.exists() and not tower.exists():
-        raise FileNotFoundError(f"the decoder step starts from {tower}, which is missing: run the tower step first")
-    if own.exists() or step == "decoder":
-        state = torch.load(own if own.exists() else tower)
+    own = folder / f"{step}.pt"
+    before = STARTS_FROM[step] and folder / f"{STARTS_FROM[step]}.pt"
+    if before and not own.exists() and not before.exists():
+        raise FileNotFoundError(f"the step {step} starts from {before}, which is missing: run that step first")
+    if own.exists() or before:
+        state = torch.load(own if own.exists() else before)
         model.load_state_dict(state["model"])
         heads.load_state_dict(state["heads"])
         if own.exists():
@@ -141,13 +146,19 @@ def train_batch(run: Run, packer: Packer, shards: Shards, total: int) -> dict[st
     for group in run.optimizer.param_groups:
         group["lr"] = group["peak"] * factor
 
-    features_BTC = image_features_BTC(run.model, pixels)
-    labels = labels_of(truths, [shards.landmarks[i] for i in indices], motions_B23)
-    losses = heads_loss(run.heads(features_BTC), labels)
-    loss = sum(losses.values())
-    if run.step == "decoder":
-        losses["answers"] = answer_loss(run.model, features_BTC, packer.pack(truths, rng))
-        loss = losses["answers"] + HEADS_WEIGHT * loss
+    if run.step == "answers":
+        with torch.no_grad():
+            features_BTC = image_features_BTC(run.model, pixels)
+        loss = answer_loss(run.model, features_BTC, packer.pack(truths, rng))
+        losses = {"answers": loss}
+    else:
+        features_BTC = image_features_BTC(run.model, pixels)
+        labels = labels_of(truths, [shards.landmarks[i] for i in indices], motions_B23)
+        losses = heads_loss(run.heads(features_BTC), labels)
+        loss = sum(losses.values())
+        if run.step == "decoder":
+            losses["answers"] = answer_loss(run.model, features_BTC, packer.pack(truths, rng))
+            loss = losses["answers"] + HEADS_WEIGHT * loss
     run.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
@@ -168,14 +179,14 @@ def held_out(run: Run, packer: Packer, shards: Shards, count: int = 256) -> dict
     labels = labels_of(truths, shards.landmarks[:count], np.tile(np.eye(2, 3), (count, 1, 1)))
     logits = run.heads(features_BTC)
     report: dict[str, object] = {name: heads_accuracy(logits[name], labels) for name in ("all_tokens", "mean_token")}
-    if run.step == "decoder":
+    if run.step != "tower":
         report["answers"] = round(answer_loss(run.model, features_BTC, packer.pack(truths, random.Random(0))).item(), 4)
     return report
 
 
 def train(run: Run, data: Path, path: Path, total: int) -> None:
     """Train until `total` pictures were seen in this step; saves to `path` as it goes."""
-    packer = Packer(run.tokenizer)
+    packer = Packer(run.tokenizer, run.step)
     shards = Shards(data)
     average: dict[str, float] = {}
     while run.seen < total:

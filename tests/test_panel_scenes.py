@@ -249,7 +249,7 @@ def test_packed_questions_are_what_the_chat_template_renders() -> None:
     from panel.decoder_step import Packer
 
     chat = transformers.AutoTokenizer.from_pretrained(CHECKPOINT)
-    packer, rng = Packer(chat), random.Random(0)
+    packer, rng = Packer(chat, "decoder"), random.Random(0)
     image_id = chat.convert_tokens_to_ids("<image>")
     for truth in truths(20):
         batch = packer.pack([truth], rng)
