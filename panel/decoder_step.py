@@ -22,8 +22,8 @@ from panel.truth import PanelTruth
 
 MULTI_TURN_SHARE = 0.2
 NO_PICTURE_SHARE = 0.1
-#: What a picture is asked, by training step: all of the first, and a random choice of so many of the second. Display and
-#: gauge are learned while the tower still moves; the many ways to ask about lamps get their turn afterwards.
+#: What a picture is asked, by training step: all of the first, and a random choice of so many of the second. Display
+#: and gauge are learned while the tower still moves; the many ways to ask about lamps get their turn afterwards.
 ASKED = {
     "decoder": (("display", "gauge"), ("lamps_on", "lamp_state", "lamp_count", "lit_count", "describe"), 1),
     "answers": (
