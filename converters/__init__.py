@@ -91,7 +91,7 @@ def convert(
     arguments = {"decoder_quant": wanted.name, "encoder_quant": encoder_quant}
     record = provenance(model.checkpoint, source=source or name or folder.name, arguments=arguments)
     require_free(out, _bytes_needed(model.mapped, wanted, encoder_quant))
-    with commit_folder(out, replace=overwrite) as building:
+    with commit_folder(out, may_replace=_is_bundle if overwrite else None) as building:
         tell(f"decoder to {wanted.name}")
         decoder_cost = _convert_decoder(building, model, wanted)
         tell(f"encoder to {encoder_quant}")
@@ -146,8 +146,12 @@ def _check_out(out: Path, *, overwrite: bool) -> None:
         raise StorageError(
             f"{out} exists already; remove it, choose another name, or overwrite it", code="storage.exists"
         )
-    if out.is_symlink() or not (out / MANIFEST_NAME).is_file():
+    if not _is_bundle(out):
         raise StorageError(f"{out} exists and is not a bundle; only a bundle is overwritten", code="storage.exists")
+
+
+def _is_bundle(folder: Path) -> bool:
+    return not folder.is_symlink() and (folder / MANIFEST_NAME).is_file()
 
 
 def _architectures(opened: Checkpoint) -> list[str]:

@@ -10,11 +10,11 @@ import contextlib
 import ctypes
 import errno
 import fcntl
-import glob
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from edgevlm.errors import StorageError
@@ -87,7 +87,7 @@ def atomic_write(path: Path, content: bytes) -> None:
             with open(temporary, "xb") as file:
                 file.write(content)
                 file.flush()
-                os.fsync(file.fileno())
+                _flush(file.fileno())
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -96,15 +96,16 @@ def atomic_write(path: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def commit_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
+def commit_folder(out: Path, *, may_replace: Callable[[Path], bool] | None = None) -> Iterator[Path]:
     """Build a folder under a temporary name; it becomes `out` when the block ends, and vanishes if the block raises.
 
-    The temporary folder lies beside `out`, named `.NAME.RANDOM.tmp`, and is locked. Only a killed process leaves one
-    behind; the next call for the same `out` removes it.
+    The temporary folder lies beside `out`, named `.NAME.RANDOM.tmp`, with a lock beside it, `.NAME.RANDOM.lock`. Only
+    a killed process leaves them behind; the next call for the same `out` removes them.
 
     Args:
         out: The final place.
-        replace: Whether a folder at `out` gives way; it is exchanged in one step and removed afterwards.
+        may_replace: Whether the folder given to it may be removed. It is asked about what is at `out` in the end, and
+            again once that lies aside; None keeps everything.
 
     Yields:
         The temporary folder, empty.
@@ -113,82 +114,175 @@ def commit_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
         StorageError: `storage.exists`, `storage.full` or `storage.failed`.
     """
     out = out.absolute()
-    building = _temporary_name(out)
-    with storage_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(out)
-        building.mkdir()
-        lock = os.open(building, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        with storage_errors(out):
+            stack.callback(_remove_empty, _make_parents(out.parent))
+            _remove_abandoned(out)
+            building, lock = _reserve(out)
+            stack.callback(_release, lock, building.with_suffix(".lock"))
+            # After a commit this name is gone or holds the old folder; on any failure, KeyboardInterrupt included, it
+            # holds what was built so far.
+            stack.callback(shutil.rmtree, building, ignore_errors=True)
+            building.mkdir()
         yield building
         with storage_errors(out):
             for file in building.iterdir():
                 _sync_file(file)
             sync_folder(building)
-            _move(building, out, replace=replace)
-    finally:
-        # After a commit this name is gone or holds the old folder; on any failure, KeyboardInterrupt included, it holds
-        # what was built so far.
-        shutil.rmtree(building, ignore_errors=True)
+            _move(building, out, may_replace)
+
+
+def _make_parents(folder: Path) -> list[Path]:
+    """Make a folder with its parents, durably; returns those that were made, the deepest first."""
+    made = [] if folder.exists() else [folder, *(parent for parent in folder.parents if not parent.exists())]
+    folder.mkdir(parents=True, exist_ok=True)
+    for parent in made:
+        sync_folder(parent.parent)
+    return made
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove folders up to the first that holds something."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+def _reserve(out: Path) -> tuple[Path, int]:
+    """A temporary name that nobody has, and the descriptor of its lock, held.
+
+    The lock is taken before the folder exists, so no other process ever sees an unlocked folder of a living one. It is
+    a regular file opened for writing: network file systems give no exclusive lock on anything else.
+    """
+    while True:
+        building = _temporary_name(out)
+        path = building.with_suffix(".lock")
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except BaseException:
+            _release(lock, path)
+            raise
+        # Between the two calls, somebody may have taken the new file for an abandoned one.
+        if _is_open_as(lock, path) and not os.path.lexists(building):
+            return building, lock
         os.close(lock)
 
 
+def _release(lock: int, path: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.close(lock)
+
+
+def _is_open_as(descriptor: int, path: Path) -> bool:
+    """Whether a path still names the file that is open."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except OSError:
+        return False
+
+
 def _remove_abandoned(out: Path) -> None:
-    """Remove temporary folders of `out` that no living process has locked."""
-    for folder in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
-        if not folder.is_dir():
+    """Remove what killed processes left for `out`: locks that nobody holds, with their folders.
+
+    A folder of that name without a lock is not ours. What we may not open or remove is somebody else's, and stays.
+    """
+    ours = re.compile(re.escape(f".{out.name}.") + r"[0-9a-f]{8}\.lock")
+    for path in out.parent.iterdir():
+        if not ours.fullmatch(path.name) or path.is_symlink() or not path.is_file():
             continue
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-        except BlockingIOError:
-            pass  # somebody builds there
-        finally:
-            os.close(descriptor)
+        with contextlib.suppress(OSError):  # BlockingIOError above all: somebody builds there
+            lock = os.open(path, os.O_RDWR)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                folder = path.with_suffix(".tmp")
+                if _is_open_as(lock, path) and not folder.is_symlink():
+                    shutil.rmtree(folder, ignore_errors=True)
+                    path.unlink()
+            finally:
+                os.close(lock)
 
 
-def _move(building: Path, out: Path, *, replace: bool) -> None:
-    if not os.path.lexists(out):
-        os.rename(building, out)
-    elif not replace:
-        raise StorageError(
-            f"{out} appeared while it was being built; remove it or choose another name", code="storage.exists"
-        )
-    elif not _exchange(building, out):
+def _move(building: Path, out: Path, may_replace: Callable[[Path], bool] | None) -> None:
+    if may_replace is None or not os.path.lexists(out):
+        if not _rename_to_new(building, out):
+            raise _exists(out)
+    elif not may_replace(out):
+        raise _exists(out)
+    elif _renameat2(building, out, _EXCHANGE):
+        _refuse_foreign(building, out, may_replace, lambda: _renameat2(building, out, _EXCHANGE))
+    else:
         # Two renames, and a moment without `out` between them. The name of the old folder is not a temporary one, so
         # that nothing ever removes it unasked.
         old = out.with_name(f".{out.name}.{secrets.token_hex(4)}.old")
         os.rename(out, old)
         try:
-            os.rename(building, out)
+            if not may_replace(old) or not _rename_to_new(building, out):
+                raise _exists(out)
         except BaseException:
-            os.rename(old, out)
+            _rename_to_new(old, out)
             raise
         os.rename(old, building)
     sync_folder(out.parent)
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step (Linux's renameat2), or return False where system or file system cannot."""
-    swap = getattr(ctypes.CDLL(None), "renameat2", None)
-    at_cwd, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return swap is not None and swap(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0
+def _refuse_foreign(building: Path, out: Path, may_replace: Callable[[Path], bool], undo: Callable[[], bool]) -> None:
+    """After an exchange: if `out` had become something else since it was asked about, put it back."""
+    if may_replace(building):
+        return
+    if not undo():
+        # `building` is removed at the end; what came there by mistake must not be.
+        os.rename(building, out.with_name(f".{out.name}.{secrets.token_hex(4)}.old"))
+    raise _exists(out)
+
+
+def _exists(out: Path) -> StorageError:
+    return StorageError(
+        f"{out} appeared or changed while it was being built; remove it or choose another name", code="storage.exists"
+    )
+
+
+def _rename_to_new(one: Path, new: Path) -> bool:
+    """Rename to a name that does not exist; returns False if it does."""
+    if _renameat2(one, new, _NOREPLACE):
+        return True
+    # Either the name exists, or the system cannot check and rename in one step: plain rename replaces empty folders.
+    if os.path.lexists(new):
+        return False
+    os.rename(one, new)
+    return True
+
+
+_AT_FDCWD, _NOREPLACE, _EXCHANGE = -100, 1, 2  # of Linux's renameat2
+
+
+def _renameat2(one: Path, other: Path, flag: int) -> bool:
+    """Linux's renameat2; returns False where system or file system cannot, or the flag forbids."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    return rename is not None and rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), flag) == 0
 
 
 def sync_folder(folder: Path) -> None:
     """Flush a folder's entries, so that a rename in it survives a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        _flush(descriptor)
     finally:
         os.close(descriptor)
 
 
+def _flush(descriptor: int) -> None:
+    """Bring a file or folder to the disk; macOS's fsync stops at the disk's own cache."""
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        with contextlib.suppress(OSError):  # not every file system has it
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(descriptor)
+
+
 def _sync_file(path: Path) -> None:
     with open(path, "rb+") as file:
-        os.fsync(file.fileno())
+        _flush(file.fileno())
 
 
 def _temporary_name(path: Path) -> Path:

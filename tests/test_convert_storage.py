@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -134,38 +133,145 @@ def test_a_killed_conversion_never_leaves_a_part(tmp_path):
     assert list(tmp_path.iterdir()) == [out]  # what the killed processes left is gone
 
 
-def test_only_abandoned_folders_are_removed(tmp_path):
+def anything(folder):
+    return True
+
+
+def make(out, content, **arguments):
+    with storage.commit_folder(out, **arguments) as building:
+        (building / "a").write_text(content)
+
+
+def test_only_what_killed_processes_left_is_removed(tmp_path):
+    abandoned, kept = [tmp_path / ".out.12345678.tmp", tmp_path / ".out.12345678.lock"], [
+        tmp_path / ".other.12345678.tmp", tmp_path / ".other.12345678.lock", tmp_path / ".out.backup.tmp",
+        tmp_path / ".out.backup.lock", tmp_path / ".out.12345678.old", tmp_path / ".out.87654321.tmp",
+    ]  # fmt: skip
+    for path in [*abandoned, *kept]:
+        if path.suffix == ".lock":
+            path.touch()
+        else:
+            path.mkdir()
+            (path / "a").touch()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "a").touch()
+    (tmp_path / ".out.11111111.tmp").symlink_to(elsewhere)
+    (tmp_path / ".out.11111111.lock").touch()
+    make(tmp_path / "out", "new")
+    assert [path.exists() for path in abandoned] == [False, False]
+    assert [path.exists() for path in kept] == [True] * len(kept)
+    assert (elsewhere / "a").exists()
+
+
+def test_a_folder_in_work_is_not_abandoned(tmp_path):
     with storage.commit_folder(tmp_path / "out") as first:
         (first / "a").write_text("first")
-        abandoned = tmp_path / ".out.12345678.tmp"
-        abandoned.mkdir()
-        other = tmp_path / ".other.12345678.tmp"
-        other.mkdir()
         with storage.commit_folder(tmp_path / "out") as second:
-            assert (first.exists(), second.exists(), abandoned.exists(), other.exists()) == (True, True, False, True)
+            assert (first.exists(), second.exists()) == (True, True)
             (second / "a").write_text("second")
         shutil.rmtree(tmp_path / "out")
     assert (tmp_path / "out" / "a").read_text() == "first"
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_a_lock_that_somebody_takes_away_is_taken_again(tmp_path, monkeypatch):
+    """A second process may see the new lock file before it is locked, and take it for an abandoned one."""
+    real, seen = storage.fcntl.flock, []
+
+    def flock(descriptor, how):
+        if how == storage.fcntl.LOCK_EX and not seen:
+            seen.extend(tmp_path.glob(".out.*.lock"))
+            storage._remove_abandoned(tmp_path / "out")
+            assert not seen[0].exists()
+        real(descriptor, how)
+
+    monkeypatch.setattr(storage.fcntl, "flock", flock)
+    make(tmp_path / "out", "new")
+    assert (len(seen), list(tmp_path.iterdir())) == (1, [tmp_path / "out"])
+
+
+def test_a_file_system_without_locks_is_a_storage_error(tmp_path, monkeypatch):
+    def flock(descriptor, how):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(storage.fcntl, "flock", flock)
+    with pytest.raises(StorageError, match="No locks available"):
+        make(tmp_path / "deep" / "out", "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_leftovers_that_may_not_be_opened_are_left(tmp_path, monkeypatch):
+    (tmp_path / ".out.12345678.lock").touch()
+    real = storage.os.open
+
+    def refuse(path, *arguments, **named):
+        if str(path).endswith("12345678.lock"):
+            raise PermissionError(13, "Permission denied")
+        return real(path, *arguments, **named)
+
+    monkeypatch.setattr(storage.os, "open", refuse)
+    make(tmp_path / "out", "new")
+    assert (tmp_path / ".out.12345678.lock").exists()
 
 
 @pytest.mark.parametrize("can_exchange", [True, False])
 def test_a_folder_is_replaced_whether_or_not_the_system_can_exchange_names(tmp_path, monkeypatch, can_exchange):
     if not can_exchange:
-        monkeypatch.setattr(storage, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(storage, "_renameat2", lambda one, other, flag: False)
     for content in ("old", "new"):
-        with storage.commit_folder(tmp_path / "out", replace=True) as building:
-            (building / "a").write_text(content)
+        make(tmp_path / "out", content, may_replace=anything)
     assert (tmp_path / "out" / "a").read_text() == "new"
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
+@pytest.mark.parametrize("can_exchange", [True, False])
+@pytest.mark.parametrize("moment", [0, 1])
+def test_what_takes_the_place_of_a_bundle_meanwhile_is_kept(tmp_path, monkeypatch, can_exchange, moment):
+    """Before `out` is asked about, and between the question and the exchange."""
+    if not can_exchange:
+        monkeypatch.setattr(storage, "_renameat2", lambda one, other, flag: False)
+    out, asked = tmp_path / "out", []
+    make(out, "old")
+
+    def intrude():
+        shutil.rmtree(out)
+        out.mkdir()
+        (out / "thesis.txt").write_text("years")
+
+    def may_replace(folder):
+        if not asked and moment == 0:
+            intrude()
+        answer = (folder / "a").exists()
+        if not asked and moment == 1:
+            intrude()
+        asked.append(folder)
+        return answer
+
+    with pytest.raises(StorageError, match="appeared or changed") as caught:
+        make(out, "new", may_replace=may_replace)
+    assert caught.value.code == "storage.exists"
+    assert (out / "thesis.txt").read_text() == "years"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="renameat2 is Linux's")
 def test_names_are_exchanged_in_one_step_here(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
-    assert storage._exchange(tmp_path / "a", tmp_path / "b")
+    assert storage._renameat2(tmp_path / "a", tmp_path / "b", storage._EXCHANGE)
     assert (tmp_path / "a" / "b").exists()
-    assert not storage._exchange(tmp_path / "a", tmp_path / "nowhere")
+    assert not storage._renameat2(tmp_path / "a", tmp_path / "nowhere", storage._EXCHANGE)
+    assert not storage._renameat2(tmp_path / "a", tmp_path / "b", storage._NOREPLACE)
+
+
+def test_parents_that_were_made_vanish_with_a_failure_and_stay_with_a_success(tmp_path):
+    with pytest.raises(RuntimeError), storage.commit_folder(tmp_path / "deep" / "er" / "out"):
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    make(tmp_path / "deep" / "er" / "out", "new")
+    assert (tmp_path / "deep" / "er" / "out" / "a").read_text() == "new"
 
 
 def test_a_read_only_place_is_a_storage_error(tmp_path):
@@ -214,29 +320,32 @@ def test_a_failed_flush_is_an_error_and_leaves_the_old_file(tmp_path, monkeypatc
 
 
 def test_every_file_and_both_folders_are_flushed_before_the_rename(tmp_path, monkeypatch):
-    events = []
-    real_fsync, real_rename = os.fsync, os.rename
+    events, real_flush, real_move = [], storage._flush, storage._rename_to_new
 
-    def fsync(descriptor):
-        events.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
-        real_fsync(descriptor)
+    def flush(descriptor):
+        at = [path for path in (tmp_path, *tmp_path.rglob("*")) if storage._is_open_as(descriptor, path)]
+        events.append(at[0].name)
+        real_flush(descriptor)
 
-    def rename(old, new):
+    def move(old, new):
         events.append("rename")
-        real_rename(old, new)
+        return real_move(old, new)
 
-    monkeypatch.setattr(storage.os, "fsync", fsync)
-    monkeypatch.setattr(storage.os, "rename", rename)
-    with storage.commit_folder(tmp_path / "out") as building:
+    monkeypatch.setattr(storage, "_flush", flush)
+    monkeypatch.setattr(storage, "_rename_to_new", move)
+    with storage.commit_folder(tmp_path / "new" / "out") as building:
         (building / "a").write_text("a")
         (building / "b").write_text("b")
+    assert events[0] == tmp_path.name  # the new parent's entry
     at = events.index("rename")
-    assert set(events[:at]) == {"a", "b", building.name}
+    assert set(events[1:at]) == {"a", "b", building.name}
     assert events[at - 1] == building.name
-    assert events[at + 1 :] == [tmp_path.name]
+    assert events[at + 1 :] == ["new"]
 
 
 def test_a_folder_that_appears_meanwhile_is_kept(tmp_path):
+    """Even an empty folder, which a plain rename would replace."""
+
     def build():
         with storage.commit_folder(tmp_path / "out") as building:
             (building / "a").write_text("a")
@@ -244,4 +353,5 @@ def test_a_folder_that_appears_meanwhile_is_kept(tmp_path):
 
     with pytest.raises(StorageError, match="appeared"):
         build()
+    assert list((tmp_path / "out").iterdir()) == []
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
