@@ -4,6 +4,7 @@ checkpoint.py   the folder: JSON files, tensors (safetensors.py)
 resolve.py      family + JSON -> every number            mapping.py       every tensor -> its place
 tokenizer.py    tokenizer.json -> GGUF keys              gguf_decoder.py  the decoder's file (gguf_file.py, quant.py)
 onnx_vision.py  the encoder's graph (onnx_graph.py)      verify.py        what it cost (calibration.py)
+loadable.py     the decoder's file, as the runtime sees it
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgevlm import families
-from edgevlm.bundle import FORMAT, MANIFEST_NAME, Manifest, file_entry, write_manifest
+from edgevlm.bundle import FORMAT, MANIFEST_NAME, Manifest, file_entry, read_manifest, write_manifest
 from edgevlm.converters import gguf_decoder, quant, verify
-from edgevlm.converters.checkpoint import Checkpoint, finite, open_checkpoint, stat_all
+from edgevlm.converters.checkpoint import Checkpoint, open_checkpoint, unchanged
+from edgevlm.converters.loadable import check_header, check_vocabulary
 from edgevlm.converters.mapping import Mapped, Source, map_tensors
 from edgevlm.converters.onnx_vision import EncoderQuant, build_encoder
 from edgevlm.converters.provenance import general_keys, provenance
 from edgevlm.converters.quant import Recipe
 from edgevlm.converters.resolve import Resolved, resolve
-from edgevlm.converters.tokenizer import read_vocabulary, token_texts
+from edgevlm.converters.tokenizer import Vocabulary, read_vocabulary, token_texts
+from edgevlm.converters.weights import as_float32
 from edgevlm.errors import CheckpointError, StorageError, UsageError
 from edgevlm.families.schema import Family
 from edgevlm.storage import commit_folder, require_free
@@ -87,9 +90,9 @@ def convert(
     folder, out = Path(checkpoint).absolute(), Path(out).absolute()
     _check_out(out, overwrite=overwrite)
     tell(f"reading {folder}")
-    model = _read(folder, name or folder.name, known_families)
+    model = _read(folder, name or folder.resolve().name, known_families)
     arguments = {"decoder_quant": wanted.name, "encoder_quant": encoder_quant}
-    record = provenance(model.checkpoint, source=source or name or folder.name, arguments=arguments)
+    record = provenance(model.checkpoint, source=source or model.resolved.spec.name, arguments=arguments)
     require_free(out, _bytes_needed(model.mapped, wanted, encoder_quant))
     with commit_folder(out, may_replace=_is_bundle if overwrite else None) as building:
         tell(f"decoder to {wanted.name}")
@@ -109,21 +112,22 @@ def convert(
             fidelity={"decoder": decoder_cost, "encoder": encoder_cost},
         )
         write_manifest(building, manifest)
+        read_manifest(building)
         tell(f"committing {out}")
     return manifest
 
 
 @dataclass(frozen=True)
 class _Model:
-    """A checkpoint that has been understood; `files_before` is what its files were when it was opened."""
+    """A checkpoint that has been understood."""
 
     checkpoint: Checkpoint
     resolved: Resolved
+    vocabulary: Vocabulary
     mapped: Mapped
-    files_before: dict[str, tuple[int, int, int]]
 
     def check_unchanged(self) -> None:
-        if stat_all(self.checkpoint) != self.files_before:
+        if not unchanged(self.checkpoint):
             raise CheckpointError(
                 f"{self.checkpoint.folder} changed while it was being read; convert it again",
                 code="checkpoint.invalid",
@@ -132,11 +136,13 @@ class _Model:
 
 def _read(folder: Path, name: str, known_families: tuple[Family, ...] | None) -> _Model:
     checkpoint = open_checkpoint(folder)
-    files_before = stat_all(checkpoint)
     family = families.find(_architectures(checkpoint), known_families)
     tokens = token_texts(checkpoint)
     resolved = resolve(family, checkpoint.config, checkpoint.image_processor(), tokens, name=name)
-    return _Model(checkpoint, resolved, map_tensors(family, resolved, checkpoint.tensors), files_before)
+    llama = resolved.llama
+    ids = {"bos": llama.bos, "eos": llama.eos, "padding": llama.pad}
+    vocabulary = read_vocabulary(checkpoint, rows=resolved.spec.decoder.vocab, ids=ids)
+    return _Model(checkpoint, resolved, vocabulary, map_tensors(family, resolved, checkpoint.tensors))
 
 
 def _check_out(out: Path, *, overwrite: bool) -> None:
@@ -170,18 +176,19 @@ def _bytes_needed(mapped: Mapped, wanted: Recipe, encoder_quant: str) -> int:
 
 def _convert_decoder(building: Path, model: _Model, wanted: Recipe) -> dict[str, object]:
     """Write decoder.gguf, by way of a file at the checkpoint's own precision unless the recipe only rounds."""
-    resolved, mapped, llama = model.resolved, model.mapped, model.resolved.llama
-    ids = {"bos": llama.bos, "eos": llama.eos, "padding": llama.pad}
-    vocabulary = read_vocabulary(model.checkpoint, rows=resolved.spec.decoder.vocab, ids=ids)
+    resolved, mapped, vocabulary = model.resolved, model.mapped, model.vocabulary
     general = general_keys(model.checkpoint, resolved.spec.name)
     tensors = gguf_decoder.plan(mapped, resolved, wanted)
     final, exact = building / DECODER, building / "decoder.exact.gguf"
     written = final if wanted.direct else exact
     gguf_decoder.write(written, resolved, vocabulary, tensors, wanted.file_type, general)
+    check_header(written)  # before llama.cpp reads it, which ends the process on some values
+    check_vocabulary(written, vocabulary.stops)
     if not wanted.direct:
         estimate = int(sum(math.prod(tensor.shape) for tensor in tensors) * wanted.bits / 8)
         quant.quantize(exact, final, wanted, size_estimate=estimate)
         exact.unlink()
+        check_header(final)
     return verify.decoder_fidelity(final, gguf_decoder.exact_matrices(mapped), wanted)
 
 
@@ -211,7 +218,7 @@ class Reader:
 
     def __call__(self, name: str) -> NDArray[np.float32]:
         self._unread.discard(name)
-        return finite(self._sources[name].tensor)
+        return as_float32(self._sources[name].tensor)
 
     def check_all_used(self) -> None:
         """A declared weight that no layer function reads is our bug: the graph would compute something else."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from edgevlm.bundle import sha256_of
 from edgevlm.converters import safetensors
@@ -17,6 +16,9 @@ from edgevlm.converters.safetensors import Tensor
 from edgevlm.errors import CheckpointError, FileError
 
 _JSON_LIMIT_BYTES = 256 << 20  # tokenizer.json of a large vocabulary has about 20 MB
+_TEXT_LIMIT_BYTES = 4 << 20
+Status = dict[str, tuple[int, int, int] | None]
+_INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -29,21 +31,29 @@ class Checkpoint:
         config: config.json.
         tensors: Every tensor of every shard, by name.
         files: Names of the files that were used, sorted; `hashes` covers these.
+        status: `stat` of each file that was looked for, taken before it was read; None for one that does not exist.
     """
 
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     files: tuple[str, ...]
+    status: Status
 
     def json(self, name: str) -> dict[str, Any] | None:
         """A JSON file of the folder as an object, or None if there is no such file."""
-        return read_json(self.folder / name)
+        return read_json(self.folder, name)
 
     def text(self, name: str) -> str | None:
         """A text file of the folder, or None if there is no such file."""
-        path = self.folder / name
-        return path.read_text(encoding="utf-8") if path.is_file() else None
+        raw = _read(self.folder, name, _TEXT_LIMIT_BYTES)
+        try:
+            return None if raw is None else raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(
+                f"{self.folder / name} is not UTF-8 text ({error.reason} at byte {error.start})",
+                code="checkpoint.invalid",
+            ) from error
 
     def image_processor(self) -> dict[str, Any]:
         """The image processor's settings, in either of transformers' two places."""
@@ -66,8 +76,7 @@ class Checkpoint:
 #: Files beside the tensors that influence the result.
 SIDE_FILES = (
     "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
-    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "chat_template.json", "README.md",
+    "tokenizer_config.json", "chat_template.jinja", "chat_template.json", "README.md",
 )  # fmt: skip
 
 
@@ -83,32 +92,62 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not folder.is_dir():
         raise FileError(f"the checkpoint {folder} is a file; name the folder that holds config.json",
                         code="file.not_regular")  # fmt: skip
-    config = read_json(folder / "config.json")
+    status = {name: _status(folder, name) for name in (*SIDE_FILES, _INDEX)}
+    for name in status:
+        locate(folder, name)
+    config = read_json(folder, "config.json")
     if config is None:
         raise CheckpointError(f"{folder} has no config.json; it is not a checkpoint", code="checkpoint.invalid")
-    index = read_json(folder / "model.safetensors.index.json")
+    index = read_json(folder, _INDEX)
     shards = ["model.safetensors"] if index is None else _shards(folder, index)
-    if index is None and not (folder / "model.safetensors").is_file():
+    if index is None and locate(folder, "model.safetensors") is None:
         _refuse_missing(folder)
+    status |= {shard: _status(folder, shard) for shard in shards}
+    tensors = _open_shards(folder, shards, None if index is None else index["weight_map"])
+    used = sorted(name for name, found in status.items() if found is not None)
+    return Checkpoint(folder, config, tensors, tuple(used), status)
+
+
+def _open_shards(folder: Path, shards: list[str], weight_map: dict[str, str] | None) -> dict[str, Tensor]:
+    """Tensors of all shards by name; each lies where the index says."""
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         for name, tensor in safetensors.open_file(folder / shard).items():
             if name in tensors:
                 raise CheckpointError(f"the tensor {name} lies in two shards", code="checkpoint.invalid")
-            if index is not None and index["weight_map"].get(name) != shard:
-                raise CheckpointError(f"model.safetensors.index.json does not say that {name} lies in {shard}",
-                                      code="checkpoint.invalid")  # fmt: skip
+            if weight_map is not None and weight_map.get(name) != shard:
+                raise CheckpointError(f"{_INDEX} does not say that {name} lies in {shard}", code="checkpoint.invalid")
             tensors[name] = tensor
-    missing = [] if index is None else sorted(set(index["weight_map"]) - set(tensors))
+    missing = sorted(set(weight_map or ()) - set(tensors))
     if missing:
-        raise CheckpointError(f"model.safetensors.index.json names the tensor {missing[0]}, no shard has it",
+        raise CheckpointError(f"{_INDEX} names the tensor {missing[0]}, no shard has it",
                               code="checkpoint.missing_tensor")  # fmt: skip
-    used = [name for name in SIDE_FILES if (folder / name).is_file()]
-    used += shards + ([] if index is None else ["model.safetensors.index.json"])
-    return Checkpoint(folder, config, tensors, tuple(sorted(used)))
+    return tensors
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def locate(folder: Path, name: str) -> Path | None:
+    """The path of a file of the checkpoint, or None if there is no such file.
+
+    A link may stay in the folder or lead to the blobs of a Hugging Face cache, `snapshots/REVISION/` beside `blobs/`.
+    Any other could carry a file of this machine into a bundle that is given away.
+
+    Raises:
+        CheckpointError: `checkpoint.unsupported`, for a link that leads elsewhere.
+    """
+    path = folder / name
+    if not path.is_file():
+        return None
+    home, real = folder.resolve(), path.resolve()
+    cache = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if real.parent not in (home, cache):
+        raise CheckpointError(
+            f"{path} is a link out of the checkpoint; copy the file itself into the folder",
+            code="checkpoint.unsupported",
+        )
+    return path
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any] | None:
     """Read a JSON object, or None if the file is absent. Keys that appear twice are errors.
 
     Raises:
@@ -121,19 +160,33 @@ def read_json(path: Path) -> dict[str, Any] | None:
             raise ValueError("a key appears twice")
         return found
 
-    if not path.is_file():
+    raw = _read(folder, name, _JSON_LIMIT_BYTES)
+    if raw is None:
         return None
     try:
-        if path.stat().st_size > _JSON_LIMIT_BYTES:
-            raise ValueError(f"it is larger than {_JSON_LIMIT_BYTES >> 20} MiB")
-        data = json.loads(path.read_bytes(), object_pairs_hook=unique)
+        data = json.loads(raw, object_pairs_hook=unique)
         if not isinstance(data, dict):
             raise ValueError(f"an object is needed, found {type(data).__name__}")
+        if re.search(rb"\\u[dD][89a-fA-F]", raw):
+            json.dumps(data, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder / name} cannot be read: {error}", code="checkpoint.invalid") from error
+    return data
+
+
+def _read(folder: Path, name: str, limit: int) -> bytes | None:
+    """The bytes of a file of the checkpoint, or None if there is no such file."""
+    path = locate(folder, name)
+    if path is None:
+        return None
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(limit + 1)
     except OSError as error:
         raise FileError(f"cannot read {path}: {error.strerror}", code="file.unreadable") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}", code="checkpoint.invalid") from error
-    return data
+    if len(raw) > limit:
+        raise CheckpointError(f"{path} is larger than {limit >> 20} MiB", code="checkpoint.invalid")
+    return raw
 
 
 def _shards(folder: Path, index: dict[str, Any]) -> list[str]:
@@ -146,7 +199,7 @@ def _shards(folder: Path, index: dict[str, Any]) -> list[str]:
         if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.safetensors", shard):
             raise CheckpointError(f"model.safetensors.index.json names the odd file {shard!r}",
                                   code="checkpoint.invalid")  # fmt: skip
-        if not (folder / shard).is_file():
+        if locate(folder, shard) is None:
             raise CheckpointError(f"{folder / shard} is missing although the index names it; download it",
                                   code="checkpoint.invalid")  # fmt: skip
     return shards
@@ -162,21 +215,15 @@ def _refuse_missing(folder: Path) -> None:
     raise CheckpointError(f"{folder} has no model.safetensors", code="checkpoint.invalid")
 
 
-def stat_all(checkpoint: Checkpoint) -> dict[str, tuple[int, int, int]]:
-    """(inode, size, time of change in ns) of every used file: equal before and after means that nobody replaced one."""
-    found = {name: os.stat(checkpoint.folder / name) for name in checkpoint.files}
-    return {name: (status.st_ino, status.st_size, status.st_mtime_ns) for name, status in found.items()}
+def unchanged(checkpoint: Checkpoint) -> bool:
+    """Whether every file is still the one that was opened, and none has appeared."""
+    return {name: _status(checkpoint.folder, name) for name in checkpoint.status} == checkpoint.status
 
 
-def finite(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """The tensor as float32, refusing NaN and infinity.
-
-    Raises:
-        CheckpointError: `checkpoint.invalid`.
-    """
-    values = safetensors.widen(tensor)
-    if not np.isfinite(values).all():
-        raise CheckpointError(
-            f"{tensor.name} holds NaN or infinity; the checkpoint is damaged", code="checkpoint.invalid"
-        )
-    return values
+def _status(folder: Path, name: str) -> tuple[int, int, int] | None:
+    """(inode, size, time of change in ns), or None if there is no such file."""
+    try:
+        status = os.stat(folder / name)
+    except OSError:
+        return None
+    return (status.st_ino, status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None

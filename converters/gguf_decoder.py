@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevlm.converters import gguf_file
-from edgevlm.converters.checkpoint import finite
+from edgevlm.converters import gguf_file, weights
 from edgevlm.converters.gguf_file import PlannedTensor
 from edgevlm.converters.mapping import Mapped, Source
 from edgevlm.converters.quant import Recipe
 from edgevlm.converters.resolve import Resolved
 from edgevlm.converters.tokenizer import Vocabulary
-from edgevlm.converters.transforms import TRANSFORMS, rope_factors_llama3, to_bfloat16_bits, to_float16
+from edgevlm.converters.transforms import rope_factors_llama3
 
 _ROPE_FREQS = "rope_freqs.weight"
 
@@ -47,15 +46,22 @@ def plan(mapped: Mapped, resolved: Resolved, wanted: Recipe) -> list[PlannedTens
 
 
 def sources(mapped: Mapped) -> dict[str, Source]:
-    """Sources of all tensors of the file by GGUF name; a tied output has none."""
-    head = {} if mapped.head is None else {"output.weight": mapped.head}
-    return {**mapped.decoder, **head}
+    """Sources of all tensors of the file by GGUF name.
+
+    A head that equals the embedding is left out, llama.cpp then reads the embedding twice. The numbers decide, not the
+    flag of config.json: some exporters store a tied matrix twice, others untie without saying so.
+    """
+    if mapped.head is None or weights.equal(mapped.head.tensor, mapped.decoder["token_embd.weight"].tensor):
+        return dict(mapped.decoder)
+    return {**mapped.decoder, "output.weight": mapped.head}
 
 
-def exact_matrices(mapped: Mapped) -> dict[str, Callable[[], NDArray[np.float32]]]:
-    """For each matrix of the file a function that gives its true values, in the file's layout."""
+def exact_matrices(mapped: Mapped) -> dict[str, Callable[[int], NDArray[np.float32]]]:
+    """For each matrix of the file a function that gives each `step`-th row of its true values, in the file's order."""
     return {
-        name: partial(_bits, source, "F32") for name, source in sources(mapped).items() if source.tensor.bits.ndim > 1
+        name: partial(weights.sampled, source)
+        for name, source in sources(mapped).items()
+        if source.tensor.bits.ndim > 1
     }
 
 
@@ -63,17 +69,7 @@ def _plan_one(name: str, source: Source, wanted: Recipe) -> PlannedTensor:
     shape = source.tensor.shape
     matrix_kind = wanted.types[0] if wanted.direct else source.tensor.dtype
     kind = matrix_kind if len(shape) > 1 else "F32"
-    return PlannedTensor(name, shape, kind, partial(_bits, source, kind))
-
-
-def _bits(source: Source, kind: str) -> NDArray[Any]:
-    """A checkpoint tensor in the wanted type, transformed."""
-    values = finite(source.tensor)
-    if source.transform:
-        values = TRANSFORMS[source.transform](values, source.argument)
-    if kind == "F16":
-        return to_float16(values, source.tensor.name)
-    return to_bfloat16_bits(np.ascontiguousarray(values)) if kind == "BF16" else values
+    return PlannedTensor(name, shape, kind, partial(weights.stored, source, kind))
 
 
 def write(

@@ -107,3 +107,9 @@ def values(tensor: StoredTensor, row_step: int = 1) -> NDArray[np.float32]:
     kind = gguf.GGMLQuantizationType[tensor.type]
     bits_RB = tensor.bits.reshape(-1, tensor.bits.shape[-1])[::row_step]
     return gguf.quants.dequantize(np.ascontiguousarray(bits_RB), kind)  # type: ignore[no-any-return]
+
+
+def block_size(kind: str) -> int:
+    """Weights in one block of a type: rows must be a multiple of it."""
+    gguf = need("gguf", "convert")
+    return int(gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0])

@@ -10,8 +10,6 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
 from edgevlm.converters.resolve import Resolved
 from edgevlm.converters.safetensors import Tensor
 from edgevlm.errors import CheckpointError
@@ -37,7 +35,7 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Mapped:
-    """Sources by our own names, in the family's order; `head` is None when the decoder's output is tied."""
+    """Sources by our own names, in the family's order; `head` is None when the checkpoint stores none."""
 
     tower: Mapping[str, Source]
     connector: Mapping[str, Source]
@@ -69,7 +67,7 @@ def map_tensors(family: Family, resolved: Resolved, tensors: Mapping[str, Tensor
     tower = take(resolved.tower, family.tower_prefixes, resolved.spec.encoder.layers)
     connector = take(family.connector, family.connector_prefixes, 0)
     decoder = take(family.decoder, family.decoder_prefixes, resolved.spec.decoder.layers)
-    head = _take_head(family, resolved, left, decoder["token_embd.weight"].tensor)
+    head = _take_head(family, resolved, left)
     unused = _unused(family, resolved, left)
     unexpected = sorted(set(left) - set(unused))
     if unexpected:
@@ -113,8 +111,8 @@ def _source(tensor: Tensor, weight: Weight, sizes: Mapping[str, int]) -> Source:
     return Source(tensor, transform, sizes[argument] if argument else 0)
 
 
-def _take_head(family: Family, resolved: Resolved, left: dict[str, Tensor], embedding: Tensor) -> Source | None:
-    """The output matrix, unless it is the embedding: llama.cpp then reads the embedding twice."""
+def _take_head(family: Family, resolved: Resolved, left: dict[str, Tensor]) -> Source | None:
+    """The output matrix, None if config.json ties it and none is stored."""
     names = [prefix + "weight" for prefix in family.head_prefixes if prefix + "weight" in left]
     if not names and resolved.llama.tied:
         return None
@@ -123,10 +121,7 @@ def _take_head(family: Family, resolved: Resolved, left: dict[str, Tensor], embe
             f"the checkpoint lacks {family.head_prefixes[0]}weight and config.json does not tie it to the embedding",
             code="checkpoint.missing_tensor",
         )
-    head = _source(left.pop(names[0]), Weight("output.weight", ("vocab", "n_embd")), resolved.sizes)
-    # The tensors decide, not the flag: some exporters store a tied matrix twice, others untie without saying so.
-    same = head.tensor.dtype == embedding.dtype and np.array_equal(head.tensor.bits, embedding.bits)
-    return None if same else head
+    return _source(left.pop(names[0]), Weight("output.weight", ("vocab", "n_embd")), resolved.sizes)
 
 
 def _unused(family: Family, resolved: Resolved, left: Mapping[str, Tensor]) -> tuple[str, ...]:

@@ -6,16 +6,19 @@ another are errors: a model converted with the wrong mathematics answers, only w
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from edgevlm import spec as specs
 from edgevlm.converters.resolve_image import resolve_image
-from edgevlm.converters.sections import Section, invalid, unsupported
+from edgevlm.converters.sections import LARGEST_NUMBER, Section, invalid, unsupported
+from edgevlm.errors import BundleError
 from edgevlm.families.schema import Family, Tower
 from edgevlm.spec import DecoderSpec, EncoderSpec, ModelSpec, PromptSpec
 
+_STRATEGIES = {"default": "default", "full": "full"}
 _MOST_LAYERS = 512  # llama.cpp's LLAMA_MAX_LAYERS; it aborts beyond
 
 
@@ -74,6 +77,8 @@ def resolve(
     top = Section("config.json", config, family.keys, family.connector.keys)
     vision_data, text_data = top.get(family.vision_section), top.get(family.text_section)
     tower = _find_tower(family, vision_data)
+    if family.post_norm and all(weight.when != "post_norm" for weight in tower.weights.values()):
+        raise unsupported(f"the family {family.name} wants the last norm, which no state of {tower.model_type} has")
     vision = Section(f"config.json: {family.vision_section}", vision_data, tower.keys)
     _check_decoder_kind(family, text_data)
     text = Section(f"config.json: {family.text_section}", text_data, family.decoder.keys)
@@ -95,6 +100,7 @@ def resolve(
         decoder=decoder,
         prompt=PromptSpec(image_token=_image_token(family, top, tokens)),
     )
+    _check_ranges(spec)
     llama = _resolve_llama(top, text)
     return Resolved(
         spec=spec,
@@ -104,6 +110,14 @@ def resolve(
         tower_layers=vision.size("num_hidden_layers", _MOST_LAYERS),
         sizes=_sizes(spec, llama, positions=positions, connector_bias=_connector_bias(top, family)),
     )
+
+
+def _check_ranges(spec: ModelSpec) -> None:
+    """Refuse numbers that the runtime would refuse to read back from bundle.json."""
+    try:
+        specs.from_json(ModelSpec, json.loads(json.dumps(specs.to_json(spec))))
+    except BundleError as error:
+        raise unsupported(f"the checkpoint's numbers cannot be run: {str(error).split('; convert')[0]}") from error
 
 
 def _sizes(spec: ModelSpec, llama: LlamaSizes, *, positions: int, connector_bias: bool) -> dict[str, int]:
@@ -149,8 +163,9 @@ def _resolve_encoder(
     hidden, heads = vision.size("hidden_size"), vision.size("num_attention_heads")
     if hidden % heads:
         raise invalid(f"{vision.where}: {heads} attention heads do not divide the width {hidden}")
-    if "image_seq_length" in family.keys.read and (found := top.get("image_seq_length")) not in (None, n_tokens):
-        raise invalid(f"config.json says image_seq_length {found}, the tower gives {n_tokens} positions")
+    said = top.get("image_seq_length") if "image_seq_length" in family.keys.read else None
+    if said is not None and (type(said), said) != (int, n_tokens):
+        raise invalid(f"config.json says image_seq_length {said!r}, the tower gives {n_tokens} positions")
     has_activation = "projector_hidden_act" in family.connector.keys.read
     return EncoderSpec(
         tower=tower.kind,  # type: ignore[arg-type]
@@ -187,16 +202,13 @@ def _selected_layers(family: Family, top: Section, layers: int) -> int:
 
 def _strategy(family: Family, top: Section) -> str:
     literal = family.feature_strategy in ("default", "full")
-    value = family.feature_strategy if literal else top.get(family.feature_strategy)
-    if value not in ("default", "full"):
-        raise unsupported(f"{family.feature_strategy} is {value!r}, supported are default and full")
-    return str(value)
+    return family.feature_strategy if literal else top.choice(family.feature_strategy, _STRATEGIES)
 
 
 def _connector_bias(top: Section, family: Family) -> bool:
     if "multimodal_projector_bias" not in family.connector.keys.read:
         return True
-    return bool(top.get("multimodal_projector_bias"))
+    return top.flag("multimodal_projector_bias")
 
 
 def _image_token(family: Family, top: Section, tokens: Mapping[int, str]) -> str:
@@ -226,7 +238,7 @@ def _resolve_llama(top: Section, text: Section) -> LlamaSizes:
         rms_eps=text.number("rms_norm_eps"),
         rope=_resolve_rope(text),
         # LlavaConfig honours the flag in either place
-        tied=top.get("tie_word_embeddings") is True or text.get("tie_word_embeddings") is True,
+        tied=top.flag("tie_word_embeddings") or text.flag("tie_word_embeddings"),
         bos=text.token_id("bos_token_id"),
         eos=text.token_id("eos_token_id"),
         pad=top.token_id("pad_token_id") if pad is None else pad,
@@ -244,19 +256,21 @@ def _resolve_rope(text: Section) -> dict[str, Any]:
         "linear": ("factor",),
         "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     }
-    merged = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
-    kind = merged.pop("rope_type", merged.pop("type", "default"))
-    merged.pop("type", None)
+    merged = {**text.mapping("rope_scaling"), **text.mapping("rope_parameters")}
+    old_name = merged.pop("type", "default")
+    kind = merged.pop("rope_type", old_name)
     theta = merged.pop("rope_theta", None)
     theta = text.get("rope_theta") if theta is None else theta
     rope = {**merged, "rope_theta": 10000.0 if theta is None else theta}
-    if kind not in needed:
+    if not isinstance(kind, str) or kind not in needed:
         raise unsupported(f"{text.where}: rope_type is {kind!r}, supported are {', '.join(needed)}")
     if set(merged) != set(needed[kind]):
         raise invalid(
             f"{text.where}: rope_type {kind!r} needs exactly ({', '.join(needed[kind])}), found {sorted(merged)}"
         )
     for key, value in rope.items():
-        if type(value) not in (int, float) or not 0 < value < math.inf:
+        if type(value) not in (int, float) or not 0 < value < LARGEST_NUMBER:
             raise invalid(f"{text.where}: the rope parameter {key} is {value!r}, a positive number is needed")
+    if kind == "llama3" and not rope["low_freq_factor"] < rope["high_freq_factor"]:
+        raise invalid(f"{text.where}: low_freq_factor is not below high_freq_factor")
     return {"rope_type": kind, **{key: float(value) for key, value in rope.items()}}

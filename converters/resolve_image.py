@@ -26,14 +26,11 @@ def resolve_image(processors: tuple[Processor, ...], data: Mapping[str, Any], *,
     """
     processor = _find(processors, data)
     section = Section("preprocessor_config.json", data, processor.keys)
-    if section.get("resample") not in _RESAMPLES:
-        raise unsupported(f"{section.where}: resample {section.get('resample')!r} is not one of {list(_RESAMPLES)}")
-    crops = section.get("do_center_crop")
-    pads = section.get("do_pad") is True
+    crops, pads = section.flag("do_center_crop"), section.flag("do_pad")
     if pads and not processor.pads:
         raise unsupported(f"{section.where}: {processor.names[0]} does not honour do_pad")
     mean, std = _triple(section, "image_mean"), _triple(section, "image_std")
-    height_px, width_px, shortest_px = _geometry(section, crops=crops is True)
+    height_px, width_px, shortest_px = _geometry(section, crops=crops)
     if (height_px, width_px) != (side_px, side_px):
         raise invalid(f"{section.where} makes pictures of {width_px}x{height_px}, the tower takes {side_px}x{side_px}")
     if pads and shortest_px is None:
@@ -43,7 +40,7 @@ def resolve_image(processors: tuple[Processor, ...], data: Mapping[str, Any], *,
         height_px=height_px,
         width_px=width_px,
         shortest_px=shortest_px,
-        resample=_RESAMPLES[section.get("resample")],
+        resample=section.choice("resample", _RESAMPLES),
         rescale=section.number("rescale_factor"),
         mean=mean,
         std=std,

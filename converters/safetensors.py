@@ -2,7 +2,7 @@
 
 The format promises that tensors cover the data section exactly; the reference implementation relies on that for safety
 and so do we (no overlap, no hole, no trailing bytes). Format: the `safetensors` README, "Format".
-bfloat16 is the upper half of a float32, so numpy needs no type for it: see `widen`.
+bfloat16 is the upper half of a float32, so numpy needs no type for it: see `widen_bits`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ _HEADER_LIMIT_BYTES = 100_000_000  # the reference implementation's limit
 _TENSOR_LIMIT = 1_000_000
 _NAME_LIMIT = 1024
 _RANK_LIMIT = 8
+_SIZE_LIMIT = 1 << 48  # of one axis: more is no shape for numpy, even with an axis of 0 beside it
 # dtype -> (numpy type of the stored bits, whether weights may have it)
 _DTYPES = {
     "F64": ("<f8", False), "F32": ("<f4", True), "F16": ("<f2", True), "BF16": ("<u2", True),
@@ -55,10 +56,17 @@ class Tensor:
 
 
 def widen(tensor: Tensor) -> NDArray[np.float32]:
-    """The tensor's values as float32, exactly: bfloat16 by a shift, float16 by the processor."""
-    if tensor.dtype == "BF16":
-        return (tensor.bits.astype(np.uint32) << 16).view(np.float32)
-    return tensor.bits.astype(np.float32)
+    """A copy of the tensor's values as float32, exactly."""
+    return widen_bits(tensor.bits, tensor.dtype)
+
+
+def widen_bits(bits: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    """Stored bits as float32: bfloat16 by a shift, float16 by the processor."""
+    if dtype != "BF16":
+        return bits.astype(np.float32)
+    wide = bits.astype(np.uint32)
+    wide <<= 16
+    return wide.view(np.float32)
 
 
 def open_file(path: Path) -> dict[str, Tensor]:
@@ -127,7 +135,7 @@ def _check_entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         _refuse(path, f"{label} has the unknown dtype {str(dtype)[:20]!r}")
-    if not _whole_numbers(shape) or len(shape) > _RANK_LIMIT:
+    if not _whole_numbers(shape) or len(shape) > _RANK_LIMIT or max(shape, default=0) > _SIZE_LIMIT:
         _refuse(path, f"{label} has the unusable shape {str(shape)[:80]}")
     if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         _refuse(path, f"{label} has the unusable data_offsets {str(offsets)[:80]}")

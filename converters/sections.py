@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from edgevlm.errors import CheckpointError
 from edgevlm.families.schema import REQUIRED, Keys
@@ -16,6 +16,8 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": "gelu_tanh",
 }
 _LARGEST_SIZE = 1 << 24
+LARGEST_NUMBER = 1e30
+Choice = TypeVar("Choice")
 
 
 class Section:
@@ -59,22 +61,45 @@ class Section:
     def number(self, key: str) -> float:
         """A positive finite number."""
         value = self.get(key)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
+        if type(value) not in (int, float) or not 0 < value < LARGEST_NUMBER:
             raise invalid(f"{self.where}.{key} is {value!r}, a positive number is needed")
         return float(value)
 
     def activation(self, key: str) -> Activation:
+        """A key of `_ACTIVATIONS`."""
+        return self.choice(key, _ACTIVATIONS)
+
+    def flag(self, key: str) -> bool:
+        """True or false; null means the default."""
         value = self.get(key)
-        if value not in _ACTIVATIONS:
-            raise unsupported(f"{self.where}.{key} is {value!r}, supported are {', '.join(_ACTIVATIONS)}")
-        return _ACTIVATIONS[value]
+        value = self.default(key) if value is None else value
+        if type(value) is not bool:
+            raise invalid(f"{self.where}.{key} is {value!r}, true or false is needed")
+        return value
+
+    def mapping(self, key: str) -> dict[str, Any]:
+        """An object; null means an empty one."""
+        value = self.get(key)
+        if value is not None and not isinstance(value, dict):
+            raise invalid(f"{self.where}.{key} is {str(value)[:80]!r}, an object is needed")
+        return value or {}
+
+    def choice(self, key: str, options: Mapping[Any, Choice]) -> Choice:
+        """What one of the listed values stands for."""
+        value = self.get(key)
+        # by type as well, because True == 1
+        if (type(value), value) not in [(type(option), option) for option in options]:
+            raise unsupported(f"{self.where}.{key} is {value!r}, supported are {', '.join(map(str, options))}")
+        return options[value]
 
     def token_id(self, key: str) -> int | None:
         """A token id; of a list of alternatives the first."""
         value = self.get(key)
         value = value[0] if isinstance(value, list) and value else value
-        if value is not None and (type(value) is not int or value < 0):
-            raise invalid(f"{self.where}.{key} is {value!r}, a token id is needed")
+        if type(value) is int and value == -1:  # Llama 1's and 2's way to say that there is none
+            return None
+        if value is not None and (type(value) is not int or not 0 <= value <= _LARGEST_SIZE):
+            raise invalid(f"{self.where}.{key} is {str(value)[:80]!r}, a token id is needed")
         return value
 
 

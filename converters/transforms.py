@@ -30,7 +30,8 @@ def rope_interleave(weight_RD: NDArray[Any], heads: int) -> NDArray[Any]:
     return halves.swapaxes(1, 2).reshape(weight_RD.shape)
 
 
-#: Transforms that take the named size as their argument.
+#: Transforms by name, with the named size as their argument. Each only reorders rows (the first axis): a conversion
+#: applies it to row numbers, so that no tensor is copied for it.
 TRANSFORMS: dict[str, Callable[[NDArray[Any], int], NDArray[Any]]] = {"rope_interleave": rope_interleave}
 
 

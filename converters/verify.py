@@ -1,6 +1,7 @@
 """What a conversion cost, measured: the `fidelity` section of a bundle.
 
-All numbers are rounded to few digits and none depends on time, so that converting twice gives the same bytes.
+No number depends on time, so that converting twice on one machine gives the same bytes. Encoders sum in another order
+on other processors; few digits make it unlikely, not impossible, that this shows.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from edgevlm.converters.quant import Recipe
 from edgevlm.encoder import Encoder
 from edgevlm.spec import ModelSpec
 
-#: Gives a matrix when called, so that only one is in memory.
-Matrix = Callable[[], NDArray[np.float32]]
+#: Gives each `step`-th row of a matrix when called with `step`, so that only a sample of one is in memory.
+Matrix = Callable[[int], NDArray[np.float32]]
 
 _SAMPLED_WEIGHTS = 1 << 20  # of each tensor, in evenly spaced rows: enough for three digits
 
@@ -33,16 +34,21 @@ def encoder_fidelity(int8_path: Path, fp32_path: Path, spec: ModelSpec) -> dict[
         float32 embeddings), and what they were measured on.
     """
     tiles_TCHW = calibration.tiles(spec.image)
-    reference_TND = Encoder(fp32_path, spec.encoder, threads=1).encode(tiles_TCHW)
-    found_TND = Encoder(int8_path, spec.encoder, threads=1).encode(tiles_TCHW)
+    reference_TND, found_TND = (_encode(path, spec, tiles_TCHW) for path in (fp32_path, int8_path))
     cosine_TN = cosines(reference_TND, found_TND)
     return {
         "against": "the float32 graph of the same weights",
         "pictures": f"{len(tiles_TCHW)} procedural pictures",
-        "cosine_mean": _round(float(cosine_TN.mean())),
-        "cosine_min": _round(float(cosine_TN.min())),
-        "relative_error": _round(relative_error(reference_TND, found_TND)),
+        "cosine_mean": _cosine(float(cosine_TN.mean())),
+        "cosine_min": _cosine(float(cosine_TN.min())),
+        "relative_error": _significant(relative_error(reference_TND, found_TND), 2),
     }
+
+
+def _encode(path: Path, spec: ModelSpec, tiles_TCHW: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Each picture on its own, as the runtime does: int8 activations share one scale over all that is encoded."""
+    encoder = Encoder(path, spec.encoder, threads=1)
+    return np.concatenate([encoder.encode(tile_CHW[None]) for tile_CHW in tiles_TCHW])
 
 
 def cosines(a_TND: NDArray[np.float32], b_TND: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -75,12 +81,12 @@ def decoder_fidelity(path: Path, exact: Mapping[str, Matrix], wanted: Recipe) ->
     replaced: dict[str, str] = {}
     for tensor in gguf_file.read_tensors(path):
         matrix = tensor.name in exact
-        squares = _squares(exact[tensor.name](), tensor) if matrix else (0.0, 0.0)
+        squares = _squares(exact[tensor.name], tensor) if matrix else (0.0, 0.0)
         entry = totals.setdefault(tensor.type, [0, 0, 0.0, 0.0])
         for i, amount in enumerate((1, tensor.nbytes, *squares)):
             entry[i] += amount
         if matrix and tensor.type not in wanted.types:
-            replaced[tensor.name] = f"{tensor.type} (rows of {tensor.shape[-1]} do not fit)"
+            replaced[tensor.name] = f"{tensor.type} ({_why(tensor, wanted)})"
     return {
         "against": "the checkpoint's weights",
         "relative_error": _ratio(sum(e[2] for e in totals.values()), sum(e[3] for e in totals.values())),
@@ -92,18 +98,31 @@ def decoder_fidelity(path: Path, exact: Mapping[str, Matrix], wanted: Recipe) ->
     }
 
 
-def _squares(true_RD: NDArray[np.float32], stored: StoredTensor) -> tuple[float, float]:
+def _why(tensor: StoredTensor, wanted: Recipe) -> str:
+    """Why llama.cpp chose another type."""
+    row = tensor.shape[-1]
+    if all(row % gguf_file.block_size(kind) == 0 for kind in wanted.types):
+        return "llama.cpp's own choice for this tensor"
+    return f"rows of {row} do not fit"
+
+
+def _squares(exact: Matrix, stored: StoredTensor) -> tuple[float, float]:
     """Sum of squared differences and of squared true weights, over evenly spaced rows."""
-    step = max(1, true_RD.size // _SAMPLED_WEIGHTS)
+    step = max(1, math.prod(stored.shape) // _SAMPLED_WEIGHTS)
     found_RD = gguf_file.values(stored, step)
-    chosen_RD = true_RD[::step].astype(np.float64)
+    chosen_RD = exact(step).astype(np.float64)
     return float(((chosen_RD - found_RD) ** 2).sum()), float((chosen_RD**2).sum())
 
 
 def _ratio(difference: float, reference: float) -> float:
-    return _round(math.sqrt(difference / reference)) if reference else 0.0
+    return _significant(math.sqrt(difference / reference), 3) if reference else 0.0
 
 
-def _round(value: float) -> float:
-    """Five decimals: 0.99987 keeps its meaning, and the last bits, which depend on the processor, do not show."""
-    return round(value, 5)
+def _significant(value: float, digits: int) -> float:
+    """A number with so many significant digits."""
+    return float(f"{value:.{digits - 1}e}")
+
+
+def _cosine(value: float) -> float:
+    """A cosine near one, with two significant digits of its distance from one: 0.99987."""
+    return round(1 - _significant(1 - value, 2), 12)

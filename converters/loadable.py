@@ -1,0 +1,46 @@
+"""A finished decoder file, looked at as the runtime will: what converts must also load."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from edgevlm import llama
+from edgevlm.converters.sections import unsupported
+from edgevlm.errors import GGUFError
+from edgevlm.gguf import read_header
+
+
+def check_header(path: Path) -> None:
+    """Refuse a file whose header the runtime refuses: a limit of ours, or a value that llama.cpp asserts on.
+
+    Raises:
+        CheckpointError: `checkpoint.unsupported`.
+    """
+    try:
+        read_header(path)
+    except GGUFError as error:
+        reason = str(error).replace(str(path), "the decoder")
+        raise unsupported(f"the checkpoint gives a decoder that the runtime refuses: {reason}") from error
+
+
+def check_vocabulary(path: Path, stops: tuple[int, ...]) -> None:
+    """Load the vocabulary with llama.cpp, and ask it whether each token of `stops` ends an answer.
+
+    Raises:
+        CheckpointError: `checkpoint.unsupported`.
+    """
+    native = llama.library()
+    params = native.llama_model_default_params()
+    params.vocab_only = True
+    llama.clear_log()
+    model = native.llama_model_load_from_file(os.fsencode(path), params)
+    if not model:
+        raise unsupported(f"llama.cpp cannot load the tokenizer: {llama.last_log()}")
+    try:
+        vocab = native.llama_model_get_vocab(model)
+        ignored = [index for index in stops if not native.llama_vocab_is_eog(vocab, index)]
+    finally:
+        native.llama_model_free(model)
+    if ignored:
+        raise unsupported(f"generation_config.json ends answers at {list(stops)}, llama.cpp would run past {ignored}")
