@@ -14,7 +14,7 @@ _TOOLS = ("edgevlm", "llama-cpp-python", "gguf", "onnx-ir", "onnxruntime", "nump
 
 
 def provenance(checkpoint: Checkpoint, *, source: str, arguments: dict[str, str]) -> dict[str, Any]:
-    """The section; it holds no date and no path, so that converting twice gives the same bytes."""
+    """The section; it holds no date, and of the path only the folder's name: converting twice gives the same bytes."""
     return {
         "source": source,
         "source_files": checkpoint.hashes(),
@@ -35,13 +35,15 @@ def general_keys(checkpoint: Checkpoint, name: str) -> dict[str, str]:
 
 
 def _model_card(checkpoint: Checkpoint) -> dict[str, str]:
-    """Plain `key: value` lines of README.md's front matter; nothing is parsed that is not such a line."""
+    """Plain `key: value` lines of README.md's front matter, or a plain list below `key:`; nothing else is parsed."""
     text = checkpoint.text("README.md") or ""
     front = re.match(r"---\n(.*?)\n---\s*\n", text, re.DOTALL)
     if front is None:
         return {}
-    pairs = re.findall(r"^([a-z_]+):[ \t]+(\S.*?)[ \t]*$", front[1], re.MULTILINE)
-    return {key: value.strip("'\"") for key, value in pairs if key in _CARD_KEYS}
+    found = dict(re.findall(r"^([a-z_]+):[ \t]+(\S.*?)[ \t]*$", front[1], re.MULTILINE))
+    for key, lines in re.findall(r"^([a-z_]+):[ \t]*\n((?:[ \t]*- .*(?:\n|$))+)", front[1], re.MULTILINE):
+        found[key] = ", ".join(line.strip().removeprefix("- ").strip(" '\"") for line in lines.splitlines())
+    return {key: value.strip("'\"") for key, value in found.items() if key in _CARD_KEYS}
 
 
 def _version(distribution: str) -> str:

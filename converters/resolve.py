@@ -145,7 +145,9 @@ def _sizes(spec: ModelSpec, llama: LlamaSizes, *, positions: int, connector_bias
 def _check_decoder_kind(family: Family, text: Any) -> None:
     found = text.get("model_type", family.decoder.kind) if isinstance(text, dict) else family.decoder.kind
     if found != family.decoder.kind:
-        raise unsupported(f"the decoder is {found!r}, the family {family.name} has {family.decoder.kind!r}")
+        raise unsupported(
+            f"{family.text_section}.model_type is {found!r}, the family {family.name} has {family.decoder.kind!r}"
+        )
 
 
 def _find_tower(family: Family, vision: Any) -> Tower:
@@ -154,7 +156,7 @@ def _find_tower(family: Family, vision: Any) -> Tower:
         if tower.model_type == found:
             return tower
     supported = ", ".join(tower.model_type for tower in family.towers)
-    raise unsupported(f"the vision tower is {found!r}; the family {family.name} supports {supported}")
+    raise unsupported(f"{family.vision_section}.model_type is {found!r}; the family {family.name} supports {supported}")
 
 
 def _resolve_encoder(

@@ -31,6 +31,7 @@ VARIANTS = {
     "tied-bfloat16": Variant(tied=True, dtype=torch.bfloat16, feature_layer=1),
     "float16": Variant(dtype=torch.float16, feature_layer=-3),
     "spm": Variant(tower="clip", tokenizer="spm"),
+    "wide-heads": Variant(head_dim=32, heads_kv=1),
 }
 # Largest difference of float32 embeddings (size ~20) and logits (size ~4). Both sides sum in float32 in different
 # orders over a few hundred terms: 1e-5 was seen; the limits of the contract are 10 and 100 times that.
@@ -243,6 +244,19 @@ def test_the_bundle_tells_where_it_comes_from(tmp_path):
     metadata = read_header(tmp_path / "out" / "decoder.gguf").metadata
     assert (metadata["general.name"], metadata["general.license"]) == ("Tiny", "apache-2.0")
     assert metadata["tokenizer.chat_template"] == tiny.TEMPLATE
+
+
+def test_a_list_of_base_models_is_recorded(tmp_path):
+    folder = tiny.copy(VARIANTS["siglip"], tmp_path / "model")
+    (folder / "README.md").write_text("---\nbase_model:\n- a/b\n  - 'c/d'\nlicense: mit\n---\n")
+    manifest = convert(folder, tmp_path / "out")
+    assert manifest.provenance["model_card"] == {"license": "mit", "base_model": "a/b, c/d"}
+
+
+def test_the_folder_names_the_model_even_when_it_is_written_oddly(tmp_path):
+    folder = tiny.copy(VARIANTS["siglip"], tmp_path / "model")
+    (folder / "sub").mkdir()
+    assert convert(folder / "sub" / "..", tmp_path / "out").spec.name == "model"
 
 
 def test_unknown_types_are_usage_errors(tmp_path):

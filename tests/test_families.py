@@ -97,6 +97,27 @@ def test_a_new_family_of_known_parts_is_one_declaration(tmp_path):
     assert np.abs(found - wanted).max() <= 1e-4  # float32 sums in another order
 
 
+def test_the_last_norm_of_siglip_follows_where_a_family_says_so(tmp_path):
+    folder, model = tiny.shared(tiny.Variant())
+    family = dataclasses.replace(families.find(["LlavaForConditionalGeneration"]), post_norm=True)
+    manifest = convert(folder, tmp_path / "out", encoder_quant="fp32", known_families=(family,))
+    tiles_TCHW = np.random.default_rng(0).normal(size=(1, 3, tiny.SIDE_PX, tiny.SIDE_PX)).astype(np.float32)
+    with torch.no_grad():
+        output = model.model.vision_tower(torch.from_numpy(tiles_TCHW), output_hidden_states=True)
+        wanted, without = (
+            model.model.multi_modal_projector(states).numpy()
+            for states in (output.last_hidden_state, output.hidden_states[-1])
+        )
+    found = Encoder(tmp_path / "out" / "encoder.onnx", manifest.spec.encoder).encode(tiles_TCHW)
+    assert np.abs(found - wanted).max() <= 1e-4 < np.abs(found - without).max()
+
+
+def test_a_last_norm_that_a_tower_does_not_have_is_refused(tmp_path):
+    family = dataclasses.replace(families.find(["LlavaForConditionalGeneration"]), post_norm=True)
+    with pytest.raises(CheckpointError, match="last norm"):
+        convert(tiny.shared(tiny.Variant(tower="clip"))[0], tmp_path / "out", known_families=(family,))
+
+
 def _renamed(name: str, rename: dict[str, str]) -> str:
     for old, new in rename.items():
         if name.startswith(old):
