@@ -222,16 +222,16 @@ def load(
     started = time.perf_counter()
     path = BUILTIN if model is None else Path(model)
     bundle = encoder = None
-    # os.path answers False where Path would raise: a name too long, a NUL in it
-    if os.path.isdir(path) and model != "":
+    # os.path answers False where Path would raise, for a NUL or a name too long; an empty name would mean this folder.
+    if model == "" or not os.path.exists(path):
+        raise FileError(f"there is no model `{model}`; give a bundle folder or a .gguf file", code="file.not_found")
+    if os.path.isdir(path):
         bundle = open_bundle(path)
         decoder = Decoder(bundle.path("decoder"), context=context, threads=threads, kv_type=kv_type)
         _check_pair(path, bundle, decoder)
         encoder = Encoder(bundle.path("encoder"), bundle.spec.encoder, threads=threads)
-    elif os.path.exists(path):
-        decoder = Decoder(path, context=context, threads=threads, kv_type=kv_type)
     else:
-        raise FileError(f"there is no model `{model}`; give a bundle folder or a .gguf file", code="file.not_found")
+        decoder = Decoder(path, context=context, threads=threads, kv_type=kv_type)
     loaded = Model(bundle.spec.name if bundle else path.name, decoder, bundle, encoder)
     loaded.load_s = time.perf_counter() - started
     return loaded
