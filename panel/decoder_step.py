@@ -27,12 +27,13 @@ NO_PICTURE_SHARE = 0.1
 ASKED = {
     "decoder": (("display", "gauge"), ("lamps_on", "lamp_state", "lamp_count", "lit_count", "describe"), 1),
     "answers": (
-        ("lamps_on", "lamp_state", "lamp_count"),
-        ("display", "gauge", "gauge", "lit_count", "lamp_state", "describe"),
-        3,
+        ("lamp_state", "lamp_state", "lamp_state", "lamp_count"),
+        ("display", "display", "gauge", "lamps_on", "lit_count", "describe"),
+        2,
     ),
 }
 VALUE_WEIGHT = 2.0  # loss weight of a digit or point: the hard part of an answer
+STATE_WEIGHT = 4.0  # of the first token about one lamp: it alone decides between yes, no and "there is no such lamp"
 SENTENCE_WEIGHT = 0.4  # of the words around the values in a description
 
 PREFIX, PADDING = 0, -1  # segments that are no question
@@ -84,6 +85,8 @@ class Packer:
         answer = self._ids(question.answer + EOT)
         words = SENTENCE_WEIGHT if question.kind == "describe" else 1.0
         weights = [VALUE_WEIGHT if token in self._value_ids else words for token in answer]
+        if question.kind == "lamp_state":
+            weights[0] = STATE_WEIGHT
         return prompt + answer, [0.0] * len(prompt) + weights
 
     def _sequence(self, truth: PanelTruth, rng: random.Random) -> dict[str, list]:

@@ -34,8 +34,8 @@ LEARNING_RATES = {
     "tower": {"tower": 1e-3, "heads": 1e-3},
     # The tower keeps learning from its heads, slowly enough for the decoder to follow.
     "decoder": {"tower": 3e-4, "heads": 3e-4, "decoder": 1e-3},
-    # The tower stands still, and needs no heads any more.
-    "answers": {"decoder": 8e-4},
+    # The tower hardly moves, and needs no heads any more.
+    "answers": {"tower": 1e-4, "decoder": 6e-4},
 }
 STARTS_FROM = {"tower": None, "decoder": "tower", "answers": "decoder"}
 HEADS_WEIGHT = 0.3  # of the heads' loss in the decoder step
@@ -147,8 +147,7 @@ def train_batch(run: Run, packer: Packer, shards: Shards, total: int) -> dict[st
         group["lr"] = group["peak"] * factor
 
     if run.step == "answers":
-        with torch.no_grad():
-            features_BTC = image_features_BTC(run.model, pixels)
+        features_BTC = image_features_BTC(run.model, pixels)
         loss = answer_loss(run.model, features_BTC, packer.pack(truths, rng))
         losses = {"answers": loss}
     else:
