@@ -65,7 +65,7 @@ def test_a_seed_repeats_and_another_does_not() -> None:
     [
         {"max_tokens": 0}, {"max_tokens": True}, {"max_tokens": 1.5}, {"temperature": -0.1}, {"temperature": math.nan},
         {"temperature": 11}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}, {"seed": -1}, {"seed": 1 << 63},
-        {"stop": ("",)}, {"stop": ["a"]}, {"stop": "a"},
+        {"stop": ("",)}, {"stop": [1]}, {"stop": "a"},
     ],
 )  # fmt: skip
 def test_options_outside_their_range(wrong: dict[str, object]) -> None:
