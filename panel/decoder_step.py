@@ -1,4 +1,4 @@
-"""Step 2: projector and decoder learn to answer, several questions of a picture packed into one sequence.
+"""Steps 2 and 3: projector and decoder learn to answer, several questions of a picture packed into one sequence.
 
 A packed question attends to the picture and to itself only, and its positions continue those of the
 picture: to the model it is exactly a conversation of one turn. In a share of the sequences the questions

@@ -3,7 +3,7 @@
     python -m panel.dataset --out DATA --shards 40
     python -m panel.train --data DATA --run RUN --step tower --pictures 100000
     python -m panel.train --data DATA --run RUN --step decoder --pictures 34000
-    python -m panel.train --data DATA --run RUN --step answers --pictures 32000 --out panel/checkpoint
+    python -m panel.train --data DATA --run RUN --step answers --pictures 43000 --out panel/checkpoint
 
 A step goes on where it stopped, from `RUN/<step>.pt`; each starts from the one before it.
 """
@@ -171,7 +171,7 @@ def train_batch(run: Run, packer: Packer, shards: Shards, total: int) -> dict[st
 
 @torch.no_grad()
 def held_out(run: Run, packer: Packer, shards: Shards, count: int = 256) -> dict[str, object]:
-    """Accuracy of both heads, and in step 2 the loss of the answers, on pictures of the first shard."""
+    """Accuracy of both heads, and after the first step the loss of the answers, on pictures of the first shard."""
     truths = shards.truths[:count]
     pixels = pixels_BCHW(torch.from_numpy(shards.images(np.arange(count))))
     features_BTC = image_features_BTC(run.model, pixels)
