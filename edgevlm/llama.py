@@ -33,9 +33,12 @@ def library() -> ModuleType:
     # A failed assertion in ggml would fork and look for a debugger before it aborts; on a small board that is slow,
     # and the child maps the weights a second time. It is read by the native library only, at abort time.
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")
-    # OpenMP's threads spin at each barrier by default, several hundred times a token. On a machine that does anything
-    # else a spinning thread keeps the processor from the one it waits for (docs/threads.md has the figures).
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # OpenMP's threads wait at several hundred barriers a token. To sleep at once costs a wake-up at each; to spin until
+    # it is over keeps the processor, on a machine that does anything else, from the very thread one waits for. So they
+    # spin for a moment (libgomp; about 0.1 ms) and then sleep (docs/threads.md has the figures).
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     try:
         import llama_cpp
         from llama_cpp import llama_cpp as native
