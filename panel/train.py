@@ -5,7 +5,8 @@
     python -m panel.train --data DATA --run RUN --step decoder --pictures 34000
     python -m panel.train --data DATA --run RUN --step answers --pictures 43000 --out panel/checkpoint
 
-A step goes on where it stopped, from `RUN/<step>.pt`; each starts from the one before it.
+A step goes on where it stopped, from `RUN/<step>.pt`; each starts from the one before it. `--from panel/checkpoint`
+lets the first step start from a trained model instead of from nothing, for another round of all three.
 """
 
 from __future__ import annotations
@@ -89,8 +90,8 @@ def _optimizer(step: str, model: LlavaForConditionalGeneration, heads: Heads) ->
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
 
 
-def open_run(folder: Path, step: str) -> Run:
-    """Resume a step, or start it from the step before."""
+def open_run(folder: Path, step: str, checkpoint: Path | None = None) -> Run:
+    """Resume a step, or start it from the step before; the first from the weights of `checkpoint`, if one is given."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
@@ -107,6 +108,9 @@ def open_run(folder: Path, step: str) -> Run:
         if own.exists():
             run.optimizer.load_state_dict(state["optimizer"])
             run.seen, run.seconds = state["seen"], state["seconds"]
+    elif checkpoint:
+        trained = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
+        model.load_state_dict(trained.state_dict())
     return run
 
 
@@ -212,6 +216,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of the resumable state")
     parser.add_argument("--step", choices=tuple(LEARNING_RATES), required=True)
     parser.add_argument("--pictures", type=int, required=True, help="pictures to see in this step")
+    parser.add_argument("--from", dest="checkpoint", type=Path, help="trained model for the first step to start from")
     parser.add_argument("--out", type=Path, help="write the model as a checkpoint there when the step is done")
     parser.add_argument("--workers", type=int, default=1, help="processes that share every batch, a thread each")
     args = parser.parse_args()
@@ -230,7 +235,7 @@ def work(worker: int, args: argparse.Namespace) -> None:
         torch.set_num_threads(1)
         address = f"file://{(args.run / RENDEZVOUS).resolve()}"
         distributed.init_process_group("gloo", init_method=address, rank=worker, world_size=args.workers)
-    run = open_run(args.run, args.step)
+    run = open_run(args.run, args.step, args.checkpoint)
     run.worker, run.workers = worker, args.workers
     train(run, args.data, args.run / f"{args.step}.pt", args.pictures)
     if args.out and worker == 0:
