@@ -18,6 +18,18 @@ def resize(
     target: str | None,
     /,
 ) -> None: ...
-def normalize(
-    src_HWC: NDArray[np.uint8], lut_C256: NDArray[np.float32], dst_CHW: NDArray[np.float32], target: str | None, /
+def resize_tiles(
+    src_HWC: NDArray[np.uint8],
+    dst_TCHW: NDArray[np.uint8 | np.float32],
+    lut_C256: NDArray[np.float32] | None,
+    resample: str,
+    size: tuple[int, int],
+    box: tuple[float, float, float, float],
+    window: tuple[int, ...],
+    border: tuple[int, ...],
+    border_colour: bytes,
+    canvas: tuple[int, ...],
+    canvas_colour: bytes,
+    target: str | None,
+    /,
 ) -> None: ...

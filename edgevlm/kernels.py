@@ -1,8 +1,9 @@
 """Image kernels: exact resize and normalization of uint8 pictures, in C.
 
-`resize` equals Pillow 13's `Image.resize` bit for bit, on every target; `normalize` is a table look-up and therefore
-equals whatever reference the table was made from. What runs depends on the CPU, what comes out does not. The sources
-are in `kernels/`; how to add a SIMD target is in `docs/images.md`.
+`resize` equals Pillow 13's `Image.resize` bit for bit, on every target. `resize_tiles` is the same with a border before
+and a canvas, tiles and a table look-up behind it, in one pass over the picture; the table equals whatever reference it
+was made from. What runs depends on the CPU, what comes out does not. The sources are in `kernels/`; `docs/kernels.md`
+says how they work, how fast they are, and how to add a SIMD target.
 
 `EDGEVLM_KERNELS=<name>` chooses the target of a process, at the first use; the argument `target` chooses it for one
 call, so that tests can compare targets.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgevlm.spec import Resample
+
+
+#: More bands than this only repeat work: neighbouring bands both resample the rows that the two need.
+_MOST_THREADS = 64
 
 
 def targets() -> list[str]:
@@ -49,6 +55,7 @@ def resize(
     target: str | None = None,
     *,
     window: Sequence[int] | None = None,
+    threads: int = 1,
 ) -> NDArray[np.uint8]:
     """Resample a picture to `height` x `width`, with antialiasing.
 
@@ -65,13 +72,14 @@ def resize(
         target: A name from `targets()`; default: the active target.
         window: Part of the output to compute, (top, left, rows, columns); default: all of it. The result is the slice
             `[top : top + rows, left : left + columns]` of what would come out without it, for less work.
+        threads: Bands of output rows that are computed at the same time, at least 1. More never change the result.
 
     Returns:
         uint8, C-contiguous, with as many axes as `image_HWC`.
 
     Raises:
         ImageError: `image.array`, `image_HWC` is not such a picture.
-        UsageError: A size, filter, box or window is out of range.
+        UsageError: A size, filter, box, window or `threads` is out of range.
         KernelError: The target does not exist, or this CPU cannot run it.
 
     Example:
@@ -84,72 +92,178 @@ def resize(
 
     source_HWC = _check_image(image_HWC)
     n_rows, n_columns, channels = source_HWC.shape
-    try:
-        size = (operator.index(height), operator.index(width))
-        box_xyxy = (0.0, 0.0, float(n_columns), float(n_rows)) if box is None else tuple(map(float, box))
-        top, left, rows, columns = (0, 0, *size) if window is None else tuple(map(operator.index, window))
-        left_x, top_y, right_x, bottom_y = box_xyxy
-    except (TypeError, ValueError) as error:
-        raise UsageError(
-            f"resize to height {height!r}, width {width!r}, box {box!r}, window {window!r}: "
-            "sizes are whole numbers, a box and a window have four numbers"
-        ) from error
-    if not all(1 <= side <= _kernels.MAX_SIDE for side in (*size, rows, columns)):
-        raise UsageError(
-            f"resize to height {size[0]}, width {size[1]}, window {window}: sides go from 1 to {_kernels.MAX_SIDE}"
-        )
+    size, box_ltrb, (top, left, rows, columns) = _check_geometry(height, width, box, window, (n_rows, n_columns))
+    n_bands = _check_threads(threads, rows)
+
+    def run(band: slice) -> None:
+        corner = (top + band.start, left)
+        _kernels.resize(source_HWC, out_HWC[band], str(resample), size, box_ltrb, corner, target)
+
     with _translated_errors():
         out_HWC = np.empty((rows, columns, channels), dtype=np.uint8)
-        box_ltrb = (left_x, top_y, right_x, bottom_y)
-        _kernels.resize(source_HWC, out_HWC, str(resample), size, box_ltrb, (top, left), target)
+        bands = [slice(rows * i // n_bands, rows * (i + 1) // n_bands) for i in range(n_bands)]
+        if n_bands == 1:
+            run(bands[0])
+        else:
+            with ThreadPoolExecutor(n_bands) as pool:
+                list(pool.map(run, bands))
     return out_HWC if image_HWC.ndim == 3 else out_HWC[:, :, 0]
 
 
-def normalize(
+def resize_tiles(
     image_HWC: NDArray[np.uint8],
-    lut_C256: NDArray[np.float32],
-    out_CHW: NDArray[np.float32] | None = None,
+    height: int,
+    width: int,
+    resample: Resample = "bicubic",
+    box: Sequence[float] | None = None,
     target: str | None = None,
-) -> NDArray[np.float32]:
-    """Look every sample up in its channel's table: `out_CHW[c, y, x] = lut_C256[c, image_HWC[y, x, c]]`.
+    *,
+    border: Sequence[int] | None = None,
+    window: Sequence[int] | None = None,
+    canvas: Sequence[int] | None = None,
+    tile: Sequence[int] | None = None,
+    border_colour: Sequence[int] | None = None,
+    canvas_colour: Sequence[int] | None = None,
+    lut_C256: NDArray[np.float32] | None = None,
+    out_TCHW: NDArray[Any] | None = None,
+) -> NDArray[Any]:
+    """Resample a picture straight into an encoder's input, in one pass over its pixels.
+
+    The picture is laid into a `border`, resampled to `height` x `width`, the `window` of that is laid on a `canvas`,
+    and the canvas is cut into tiles, row by row, with their channels in planes. Nothing of it is stored in between.
+    Patches are small tiles: `tile=(16, 16)` gives rows for a graph that multiplies flattened patches.
 
     Args:
-        image_HWC: uint8, (H, W, 3); any strides.
-        lut_C256: float32, (3, 256).
-        out_CHW: float32, (3, H, W), C-contiguous and writable: where the result goes, for example one tile of a batch.
-            Default: a new array.
-        target: A name from `targets()`; default: the active target.
+        image_HWC, height, width, resample, box, target: As for `resize`; `box` is in pixels of the picture with its
+            border.
+        border: (top, left, height, width): the picture lies at (top, left) of a larger one of this size; default: none.
+        border_colour: One uint8 for each channel; default: zeros.
+        window: Part of the output to compute, (top, left, rows, columns); default: all of it.
+        canvas: (height, width, top, left): size of the canvas, and where on it the window lies; default: the window
+            alone.
+        tile: (height, width) of a tile; they must divide the canvas; default: one tile.
+        canvas_colour: Of the canvas where the window does not cover it, before the table; default: zeros.
+        lut_C256: float32 (C, 256): each sample is replaced by its entry; default: samples stay uint8.
+        out_TCHW: Where the result goes, C-contiguous and writable: a slice of a batch, say; default: a new array.
 
     Returns:
-        `out_CHW`.
+        `out_TCHW`: (T, C, tile height, tile width), float32 with a table and uint8 without one.
 
     Raises:
         ImageError: `image.array`, `image_HWC` is not such a picture.
-        UsageError: `lut_C256` or `out_CHW` has another shape or type.
+        UsageError: A number, shape or type is out of range.
         KernelError: The target does not exist, or this CPU cannot run it.
+
+    Example:
+        >>> import numpy as np
+        >>> grey_HWC = np.arange(16, dtype=np.uint8).reshape(4, 4)
+        >>> resize_tiles(grey_HWC, 4, 4, tile=(2, 2))[1, 0]
+        array([[2, 3],
+               [6, 7]], dtype=uint8)
     """
     import numpy as np
 
     source_HWC = _check_image(image_HWC)
-    height, width, channels = source_HWC.shape
-    if channels != 3:
-        raise ImageError(f"normalize needs 3 channels, found {channels}; convert to RGB", code="image.array")
-    lut_C256 = np.asarray(lut_C256)
-    if lut_C256.dtype != np.float32 or lut_C256.shape != (3, 256):
-        raise UsageError(f"the table must be float32 (3, 256), found {lut_C256.dtype} {lut_C256.shape}")
-    if out_CHW is None:
-        out_CHW = np.empty((3, height, width), dtype=np.float32)
-    elif not (
-        isinstance(out_CHW, np.ndarray)
-        and out_CHW.dtype == np.float32
-        and out_CHW.shape == (3, height, width)
-        and out_CHW.flags.c_contiguous
-        and out_CHW.flags.writeable
+    n_rows, n_columns, channels = source_HWC.shape
+    border_tlhw = _whole_numbers("border", border, (0, 0, n_rows, n_columns))
+    size, box_ltrb, window_tlhw = _check_geometry(height, width, box, window, border_tlhw[2:])
+    canvas_hwtl = _whole_numbers("canvas", canvas, (*window_tlhw[2:], 0, 0))
+    tile_hw = _whole_numbers("tile", tile, canvas_hwtl[:2])
+    border_C = _whole_numbers("border_colour", border_colour, (0,) * channels)
+    canvas_C = _whole_numbers("canvas_colour", canvas_colour, (0,) * channels)
+    if min(tile_hw) < 1 or canvas_hwtl[0] % tile_hw[0] or canvas_hwtl[1] % tile_hw[1]:
+        raise UsageError(f"tiles of {tile_hw} do not divide the canvas of {canvas_hwtl[:2]} (height, width)")
+    if max(*border_C, *canvas_C) > 255:
+        raise UsageError(f"colours {border_C} and {canvas_C}: samples go from 0 to 255")
+    if lut_C256 is not None:
+        lut_C256 = np.asarray(lut_C256)
+        if lut_C256.dtype != np.float32 or lut_C256.shape != (channels, 256):
+            raise UsageError(f"the table must be float32 ({channels}, 256), found {lut_C256.dtype} {lut_C256.shape}")
+        lut_C256 = np.ascontiguousarray(lut_C256)
+    n_tiles = canvas_hwtl[0] // tile_hw[0] * (canvas_hwtl[1] // tile_hw[1])
+    shape, dtype = (n_tiles, channels, *tile_hw), np.dtype(np.uint8 if lut_C256 is None else np.float32)
+    if out_TCHW is not None and not (
+        isinstance(out_TCHW, np.ndarray)
+        and out_TCHW.dtype == dtype
+        and out_TCHW.shape == shape
+        and out_TCHW.flags.c_contiguous
+        and out_TCHW.flags.writeable
     ):
-        raise UsageError(f"out_CHW must be a writable, C-contiguous float32 (3, {height}, {width})")
+        raise UsageError(f"out_TCHW must be a writable, C-contiguous {dtype} array {shape}")
     with _translated_errors():
-        _kernels.normalize(source_HWC, np.ascontiguousarray(lut_C256), out_CHW, target)
-    return out_CHW
+        if out_TCHW is None:
+            out_TCHW = np.empty(shape, dtype=dtype)
+        _kernels.resize_tiles(
+            source_HWC,
+            out_TCHW,
+            lut_C256,
+            str(resample),
+            size,
+            box_ltrb,
+            window_tlhw,
+            border_tlhw,
+            bytes(border_C),
+            canvas_hwtl,
+            bytes(canvas_C),
+            target,
+        )
+    return out_TCHW
+
+
+def _whole_numbers(name: str, values: Sequence[int] | None, default: tuple[int, ...]) -> tuple[int, ...]:
+    """As many whole numbers as `default` has, within what the kernels take as a side.
+
+    Raises:
+        UsageError: They are something else.
+    """
+    if values is None:
+        return default
+    try:
+        numbers = tuple(map(operator.index, values))
+    except TypeError:
+        numbers = ()
+    if len(numbers) != len(default) or not all(0 <= number <= _kernels.MAX_SIDE for number in numbers):
+        raise UsageError(f"{name} {values!r}: {len(default)} whole numbers from 0 to {_kernels.MAX_SIDE} are needed")
+    return numbers
+
+
+def _check_geometry(
+    height: int,
+    width: int,
+    box: Sequence[float] | None,
+    window: Sequence[int] | None,
+    source_size: Sequence[int],
+) -> tuple[tuple[int, int], tuple[float, float, float, float], tuple[int, ...]]:
+    """Size (height, width), box (left, top, right, bottom) and window (top, left, rows, columns) of a resize.
+
+    Raises:
+        UsageError: One of them is out of range.
+    """
+    size = _whole_numbers("height and width", (height, width), (0, 0))
+    window_tlhw = _whole_numbers("window", window, (0, 0, *size))
+    rows, columns = source_size
+    try:
+        left, top, right, bottom = (0.0, 0.0, float(columns), float(rows)) if box is None else map(float, box)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UsageError(f"box {box!r}: four numbers are needed, left, top, right and bottom") from error
+    if not all(side >= 1 for side in (*size, *window_tlhw[2:])):
+        raise UsageError(f"resize to height {height}, width {width}, window {window}: sides are at least 1")
+    return (size[0], size[1]), (left, top, right, bottom), window_tlhw
+
+
+def _check_threads(threads: int, rows: int) -> int:
+    """Number of bands; never more than there are rows to share.
+
+    Raises:
+        UsageError: `threads` is not a whole number of at least 1.
+    """
+    try:
+        wanted = operator.index(threads)
+    except TypeError as error:
+        raise UsageError(f"threads {threads!r}: a whole number is needed") from error
+    if wanted < 1:
+        raise UsageError(f"threads {threads}: at least 1 is needed")
+    return min(wanted, rows, _MOST_THREADS)
 
 
 def _check_image(image_HWC: Any) -> NDArray[np.uint8]:

@@ -1,4 +1,4 @@
-"""From a picture to the encoder's input: a plan of pure numbers, then three kernel calls.
+"""From a picture to the encoder's input: a plan of pure numbers, then one kernel call.
 
 Bit-equal with the PIL back end of the reference processors (transformers 5.23: `SiglipImageProcessorPil`,
 `CLIPImageProcessorPil`, `LlavaImageProcessorPil`), whose resize is Pillow's. Nothing in here decodes files.
@@ -105,23 +105,18 @@ def preprocess(image_HWC: NDArray[np.uint8], spec: ImageSpec) -> NDArray[np.floa
     height, width, _ = image_HWC.shape
     plan = plan_image(height, width, spec)
 
-    if (plan.padded_height, plan.padded_width) != (height, width):
-        image_HWC = _pad(image_HWC, plan, _needed(spec.pad_rgb, "pad_rgb", spec))
     # The crop is folded into the resize: only the pixels that survive are computed, and they are the same.
-    tile_HWC = kernels.resize(
+    tiles_TCHW: NDArray[np.float32] = kernels.resize_tiles(
         image_HWC,
         plan.resized_height,
         plan.resized_width,
         spec.resample,
+        border=(plan.pad_top, plan.pad_left, plan.padded_height, plan.padded_width),
         window=(plan.top, plan.left, plan.rows, plan.columns),
+        border_colour=_needed(spec.pad_rgb, "pad_rgb", spec) if spec.policy == "pad_square" else None,
+        canvas=(spec.height_px, spec.width_px, plan.tile_top, plan.tile_left),
+        lut_C256=_lookup_table(spec.rescale, spec.mean, spec.std),
     )
-    if (plan.rows, plan.columns) != (spec.height_px, spec.width_px):
-        small_HWC = tile_HWC
-        tile_HWC = np.zeros((spec.height_px, spec.width_px, 3), dtype=np.uint8)
-        tile_HWC[plan.tile_top : plan.tile_top + plan.rows, plan.tile_left : plan.tile_left + plan.columns] = small_HWC
-
-    tiles_TCHW = np.empty((1, 3, spec.height_px, spec.width_px), dtype=np.float32)
-    kernels.normalize(tile_HWC, _lookup_table(spec.rescale, spec.mean, spec.std), out_CHW=tiles_TCHW[0])
     return tiles_TCHW
 
 
@@ -142,17 +137,6 @@ def _centre(n_have: int, n_want: int) -> tuple[int, int, int]:
     """
     start = (n_have - n_want) // 2
     return max(start, 0), min(n_have, n_want), max(-start, 0)
-
-
-def _pad(image_HWC: NDArray[np.uint8], plan: ImagePlan, pad_rgb: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """The picture in the middle of a square of one colour: LLaVA's `expand2square`."""
-    import numpy as np
-
-    height, width, _ = image_HWC.shape
-    square_HWC = np.empty((plan.padded_height, plan.padded_width, 3), dtype=np.uint8)
-    square_HWC[:] = pad_rgb
-    square_HWC[plan.pad_top : plan.pad_top + height, plan.pad_left : plan.pad_left + width] = image_HWC
-    return square_HWC
 
 
 @functools.lru_cache(maxsize=16)

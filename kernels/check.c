@@ -90,8 +90,11 @@ static uint8_t *run(const struct kernel_ops *ops, const struct trial *t) {
         }
     }
     uint8_t *dst = need(malloc(t->n_dst));
-    size_t stride = (size_t)t->n_in[0] * (size_t)t->channels;
-    if (!kernels_resize(ops, t->src, stride, dst, t->channels, &axes[0], &axes[1])) {
+    size_t channels = (size_t)t->channels;
+    struct resize_source source = {.pixels = t->src, .stride = (size_t)t->n_in[0] * channels, .channels = t->channels,
+                                   .height = t->n_in[1], .width = t->n_in[0]};
+    struct resize_sink sink = {.pixels = dst, .stride = (size_t)t->n_window[0] * channels};
+    if (!kernels_resize(ops, &source, &sink, &axes[0], &axes[1])) {
         need(NULL);
     }
     resize_axis_free(&axes[0]);
@@ -112,7 +115,7 @@ static bool check_resize(const struct kernel_ops *ops, const struct trial *t) {
     return equal;
 }
 
-static bool check_normalize(const struct kernel_ops *ops, size_t n_pixels) {
+static bool check_planes(const struct kernel_ops *ops, size_t n_pixels) {
     float lut[3 * 256];
     for (int i = 0; i < 3 * 256; i++) {
         lut[i] = (float)random_below(1 << 20) / 1024;
@@ -123,11 +126,11 @@ static bool check_normalize(const struct kernel_ops *ops, size_t n_pixels) {
     }
     size_t n_bytes = 3 * n_pixels * sizeof(float);
     float *expected = need(malloc(n_bytes)), *found = need(malloc(n_bytes));
-    kernels_scalar.normalize(src, expected, n_pixels, n_pixels, lut);
-    ops->normalize(src, found, n_pixels, n_pixels, lut);
+    kernels_scalar.planes_f32(src, expected, n_pixels, n_pixels, 3, lut);
+    ops->planes_f32(src, found, n_pixels, n_pixels, 3, lut);
     bool equal = memcmp(found, expected, n_bytes) == 0;
     if (!equal) {
-        printf("%s differs: normalize, %zu pixels\n", ops->name, n_pixels);
+        printf("%s differs: planes, %zu pixels\n", ops->name, n_pixels);
     }
     free(src);
     free(expected);
@@ -172,7 +175,7 @@ int main(int argc, char **argv) {
         }
         for (int i = 0; i < TRIALS; i++) {
             struct trial t = random_trial();
-            ok = check_resize(&ops, &t) && check_normalize(&ops, 1 + random_below(70)) && ok;
+            ok = check_resize(&ops, &t) && check_planes(&ops, 1 + random_below(70)) && ok;
             free(t.src);
         }
     }

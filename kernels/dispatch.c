@@ -8,6 +8,10 @@
 /* Slowest first; scalar is always there and complete. A new target adds one line, in its architecture's #if. */
 static const struct kernel_ops *const targets[] = {
     &kernels_scalar,
+#if defined(__x86_64__)
+    &kernels_avx2,
+    &kernels_avx512,
+#endif
     NULL,
 };
 
@@ -16,21 +20,35 @@ const struct kernel_ops *const *kernels_targets(void) {
 }
 
 uint32_t kernels_cpu_features(void) {
-    return CPU_BASELINE;
+    uint32_t features = CPU_BASELINE;
+#if defined(__x86_64__)
+    /* The compiler's run-time library asks CPUID, and XGETBV for what the system saves. */
+    if (__builtin_cpu_supports("avx2")) {
+        features |= CPU_AVX2;
+    }
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")) {
+        features |= CPU_AVX512;
+    }
+#endif
+    return features;
 }
 
 /* Later targets overwrite what they do better. */
 static void overlay(struct kernel_ops *ops, const struct kernel_ops *target) {
     ops->name = target->name;
     ops->needs |= target->needs;
-    if (target->resize_horizontal) {
-        ops->resize_horizontal = target->resize_horizontal;
+    if (target->horizontal) {
+        ops->horizontal = target->horizontal;
     }
-    if (target->resize_vertical) {
-        ops->resize_vertical = target->resize_vertical;
+    if (target->vertical) {
+        ops->vertical = target->vertical;
     }
-    if (target->normalize) {
-        ops->normalize = target->normalize;
+    if (target->planes_u8) {
+        ops->planes_u8 = target->planes_u8;
+    }
+    if (target->planes_f32) {
+        ops->planes_f32 = target->planes_f32;
     }
 }
 

@@ -41,33 +41,60 @@ struct resize_axis {
     int32_t *weights;
 };
 
-/* One CPU target. A NULL function means: keep the slower target's version. */
+/* The horizontal pass of a resize. Each target lays weights and pixels out as its instructions want them, so a pass has
+ * a plan: memory that belongs to one axis, one number of channels and one thread.
+ *
+ * `rows` resamples `n_rows` rows (at most RESIZE_BATCH): dst_rows[r] gets axis->n_out pixels from the axis->n_in pixels
+ * of src_rows[r]. Each sample is clip8((2^21 + sum(w * sample)) >> 22), the sum taken modulo 2^32. It reads only the
+ * pixels of the rows and writes only n_out * channels bytes of each; no row overlaps another. */
+struct horizontal_ops {
+    size_t (*plan_size)(const struct resize_axis *axis, int channels); /* bytes; 0 if no plan is needed */
+    void (*plan_init)(const struct resize_axis *axis, int channels, void *plan);
+    void (*rows)(const uint8_t *const *src_rows, uint8_t *const *dst_rows, size_t n_rows, int channels,
+                 const struct resize_axis *axis, void *plan);
+};
+
+/* Rows handed to the horizontal pass at once: they share the weights. */
+enum { RESIZE_BATCH = 16 };
+
+/* One CPU target. A NULL member means: keep the slower target's version. */
 struct kernel_ops {
     const char *name; /* "scalar", ...: also the value that EDGEVLM_KERNELS accepts */
     uint32_t needs;   /* enum cpu_feature bits; all must be offered by the CPU and saved by the OS */
 
-    /* Resample `n_rows` rows along x: dst_rows[r] gets axis->n_out pixels from the axis->n_in pixels of src_rows[r].
-     * Each sample is clip8((2^21 + sum(w * sample)) >> 22), the sum taken modulo 2^32.
-     * May read only the pixels of the rows, may write only n_out * channels bytes per row; no row overlaps another. */
-    void (*resize_horizontal)(const uint8_t *const *src_rows, uint8_t *const *dst_rows, size_t n_rows, int channels,
-                              const struct resize_axis *axis);
+    const struct horizontal_ops *horizontal;
 
-    /* One output row: the same sum down `n_taps` rows, for each of `n_bytes` byte columns; n_taps may be 0. */
-    void (*resize_vertical)(const uint8_t *const *src_rows, const int32_t *weights, size_t n_taps, uint8_t *dst_row,
-                            size_t n_bytes);
+    /* One output row: the same sum down `n_taps` rows, for each of `n_bytes` byte columns; n_taps may be 0.
+     * `scratch` has room for n_taps + 8 numbers. */
+    void (*vertical)(const uint8_t *const *src_rows, const int32_t *weights, size_t n_taps, uint8_t *dst_row,
+                     size_t n_bytes, int32_t *scratch);
 
-    /* dst[c * plane + i] = lut_C256[c * 256 + src[3 * i + c]] for `n_pixels` RGB pixels.
+    /* Interleaved samples into planes: dst[c * plane + i] = src[channels * i + c] for `n_pixels` pixels; */
+    void (*planes_u8)(const uint8_t *src, uint8_t *dst, size_t plane, size_t n_pixels, int channels);
+
+    /* and the same through a table: dst[c * plane + i] = lut_C256[c * 256 + src[channels * i + c]].
      * A table and not a multiply-add: it reproduces any reference's order of operations, on every target. */
-    void (*normalize)(const uint8_t *src, float *dst, size_t plane, size_t n_pixels, const float *lut_C256);
+    void (*planes_f32)(const uint8_t *src, float *dst, size_t plane, size_t n_pixels, int channels,
+                       const float *lut_C256);
 };
 
 extern const struct kernel_ops kernels_scalar;
+#if defined(__x86_64__)
+extern const struct kernel_ops kernels_avx2, kernels_avx512;
+#elif defined(__aarch64__)
+extern const struct kernel_ops kernels_neon, kernels_dotprod;
+#endif
 
 /* ---- dispatch.c ---- */
 
-/* One bit for each *level* of instructions that some target needs, not for each CPUID bit. The scalar target needs
- * none; the first SIMD target adds its level here and its detection to kernels_cpu_features(). */
-enum cpu_feature { CPU_BASELINE = 0 };
+/* One bit for each *level* of instructions that some target needs, not for each CPUID bit. */
+enum cpu_feature {
+    CPU_BASELINE = 0,
+    CPU_AVX2 = 1 << 0,
+    CPU_AVX512 = 1 << 1,  /* F, BW, DQ, VL and VNNI: Cascade Lake, Zen 4 and later */
+    CPU_NEON = 1 << 2,    /* every 64-bit Arm: Raspberry Pi 4 */
+    CPU_DOTPROD = 1 << 3, /* Armv8.2's sdot: Raspberry Pi 5, Apple */
+};
 
 enum select_status { SELECT_OK, SELECT_UNKNOWN, SELECT_UNSUPPORTED };
 
@@ -93,9 +120,35 @@ void resize_axis_free(struct resize_axis *axis);
 
 /* ---- resize.c ---- */
 
-/* Resample `src` (n_in rows, `src_stride` bytes apart) through both axes into `dst` (packed rows), with a uint8
- * intermediate and in Pillow's order of passes. False if memory ran out. Touches no Python state. */
-bool kernels_resize(const struct kernel_ops *ops, const uint8_t *src, size_t src_stride, uint8_t *dst, int channels,
+/* A picture, which may lie inside a larger one of a single colour that exists nowhere in memory. */
+struct resize_source {
+    const uint8_t *pixels;
+    size_t stride; /* bytes from row to row */
+    int channels;  /* 1, 3 or 4 */
+    int32_t height, width;
+    int32_t top, left; /* its place in the larger picture, whose size is that of the axes' inputs */
+    uint8_t colour[4];
+};
+
+/* Where the output goes: packed rows, or tiles. */
+struct resize_sink {
+    /* uint8 HWC, rows `stride` bytes apart; NULL for tiles. */
+    uint8_t *pixels;
+    size_t stride;
+
+    /* Or a canvas of `height` x `width`, of one colour where the picture, at (top, left), does not cover it, and cut
+     * into tiles of tile_height x tile_width, whole numbers of which make the canvas. The tiles follow each other row by
+     * row, each with its channels in planes (CHW): uint8, or float32 through a table. */
+    uint8_t *tiles_u8;
+    float *tiles_f32;
+    const float *lut_C256;
+    size_t height, width, top, left, tile_height, tile_width;
+    uint8_t colour[4];
+};
+
+/* Resample through both axes, with a uint8 intermediate and in Pillow's order of passes, in one pass over the source.
+ * False if memory ran out. Touches no Python state. */
+bool kernels_resize(const struct kernel_ops *ops, const struct resize_source *source, const struct resize_sink *sink,
                     const struct resize_axis *x_axis, const struct resize_axis *y_axis);
 
 #endif

@@ -1,133 +1,249 @@
-/* The two passes of a resize, without a full intermediate picture.
+/* The two passes of a resize, without a full intermediate picture, and where their rows come from and go to.
  *
  * Both passes round to uint8, so their order shows in the pixels. Pillow up to 12 goes along x first, always; Pillow 13
  * goes along y first when the height shrinks by more than twice as many pixels as the width. We follow Pillow 13.
  *
  * Pillow stores the result of the first pass as a picture. Here it is a few rows: from 4000x3000 to 384x384 a ring of
- * 33 rows, 38 KB instead of 3.5 MB, so the second pass finds its input in cache. The samples are the same.
+ * 49 rows, 56 KB instead of 3.5 MB, so the second pass finds its input in cache. The samples are the same. In the same
+ * way rows of tiles leave while they are in cache, and a border around the source is never stored.
  */
 #include "kernels.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-/* Rows handed to the horizontal kernel at once: room for a target to share weights between rows. */
-enum { BATCH = 16 };
-
-/* Everything that the passes share. */
+/* Everything that the passes share. The buffers are NULL where a job needs none. */
 struct job {
     const struct kernel_ops *ops;
-    const uint8_t *src;
-    size_t src_stride;
-    uint8_t *dst;
-    size_t dst_stride; /* bytes of an output row, packed */
-    int channels;
+    const struct resize_source *source;
+    const struct resize_sink *sink;
     const struct resize_axis *x_axis;
     const struct resize_axis *y_axis;
+    size_t in_bytes;          /* of a source row, border included */
+    size_t out_bytes;         /* of an output row */
+    size_t canvas_bytes;      /* of a row of the sink's canvas */
+    void *plan;               /* of the horizontal pass */
     const uint8_t **tap_rows; /* room for the y_axis->n_taps rows that one output row looks at */
+    int32_t *scratch;         /* of the vertical pass */
+    uint8_t *border_row;      /* a source row of the border's colour */
+    uint8_t *bordered_rows;   /* RESIZE_BATCH source rows with the border at their ends */
+    uint8_t *canvas_rows;     /* RESIZE_BATCH rows of the canvas */
 };
 
 static size_t min_size(size_t a, size_t b) {
     return a < b ? a : b;
 }
 
-/* Byte of a source row at which pixel `x` starts. */
-static size_t offset(const struct job *job, int32_t x) {
-    return (size_t)x * (size_t)job->channels;
+static size_t max_size(size_t a, size_t b) {
+    return a > b ? a : b;
 }
+
+static void fill_colour(uint8_t *row, const uint8_t *colour, size_t channels, size_t n_pixels) {
+    for (size_t i = 0; i < n_pixels; i++) {
+        memcpy(row + i * channels, colour, channels);
+    }
+}
+
+/* ---- where rows come from ---- */
+
+static bool has_side_borders(const struct job *job) {
+    return job->source->width != job->x_axis->n_in;
+}
+
+static bool is_border_row(const struct resize_source *source, size_t y) {
+    return y < (size_t)source->top || y >= (size_t)source->top + (size_t)source->height;
+}
+
+static const uint8_t *stored_row(const struct resize_source *source, size_t y) {
+    return source->pixels + (y - (size_t)source->top) * source->stride;
+}
+
+/* Row `y` of the source with its border; `slot` of bordered_rows may be overwritten for it. */
+static const uint8_t *source_row(const struct job *job, size_t y, size_t slot) {
+    const struct resize_source *source = job->source;
+    if (is_border_row(source, y)) {
+        return job->border_row;
+    }
+    if (!has_side_borders(job)) {
+        return stored_row(source, y);
+    }
+    size_t channels = (size_t)source->channels;
+    uint8_t *row = job->bordered_rows + slot * job->in_bytes;
+    memcpy(row + (size_t)source->left * channels, stored_row(source, y), (size_t)source->width * channels);
+    return row;
+}
+
+/* ---- where rows go ---- */
+
+static bool is_tiled(const struct job *job) {
+    return job->sink->pixels == NULL;
+}
+
+/* Where output row `y` is to be put; `slot` counts the rows that have not been delivered. */
+static uint8_t *output_row(const struct job *job, size_t y, size_t slot) {
+    if (is_tiled(job)) {
+        size_t left_bytes = job->sink->left * (size_t)job->source->channels;
+        return job->canvas_rows + slot * job->canvas_bytes + left_bytes;
+    }
+    return job->sink->pixels + y * job->sink->stride;
+}
+
+/* Cut row `y` of the canvas into its tiles. */
+static void deliver_canvas_row(const struct job *job, const uint8_t *row, size_t y) {
+    const struct resize_sink *sink = job->sink;
+    size_t channels = (size_t)job->source->channels, plane = sink->tile_height * sink->tile_width;
+    size_t n_across = sink->width / sink->tile_width;
+    for (size_t column = 0; column < n_across; column++) {
+        size_t tile = y / sink->tile_height * n_across + column;
+        size_t at = tile * channels * plane + y % sink->tile_height * sink->tile_width;
+        const uint8_t *pixels = row + column * sink->tile_width * channels;
+        if (sink->tiles_f32) {
+            job->ops->planes_f32(pixels, sink->tiles_f32 + at, plane, sink->tile_width, (int)channels, sink->lut_C256);
+        } else {
+            job->ops->planes_u8(pixels, sink->tiles_u8 + at, plane, sink->tile_width, (int)channels);
+        }
+    }
+}
+
+/* Output rows [start, start + n) are complete; they stand in the slots 0 to n - 1. */
+static void deliver(const struct job *job, size_t start, size_t n) {
+    for (size_t r = 0; is_tiled(job) && r < n; r++) {
+        deliver_canvas_row(job, job->canvas_rows + r * job->canvas_bytes, job->sink->top + start + r);
+    }
+}
+
+/* The rows of the canvas above and below the picture. */
+static void deliver_margins(const struct job *job) {
+    const struct resize_sink *sink = job->sink;
+    size_t end = sink->top + (size_t)job->y_axis->n_out;
+    if (!is_tiled(job) || (sink->top == 0 && end == sink->height)) {
+        return;
+    }
+    fill_colour(job->canvas_rows, sink->colour, (size_t)job->source->channels, sink->width);
+    for (size_t y = 0; y < sink->height; y++) {
+        if (y < sink->top || y >= end) {
+            deliver_canvas_row(job, job->canvas_rows, y);
+        }
+    }
+}
+
+/* ---- the passes ---- */
 
 /* Along x only; the rows of the output are rows of the source. */
 static void resize_x(const struct job *job) {
     size_t n_rows = (size_t)job->y_axis->n_out;
-    for (size_t start = 0; start < n_rows; start += BATCH) {
-        const uint8_t *src_rows[BATCH];
-        uint8_t *dst_rows[BATCH];
-        size_t n = min_size(BATCH, n_rows - start);
+    for (size_t start = 0; start < n_rows; start += RESIZE_BATCH) {
+        const uint8_t *src_rows[RESIZE_BATCH];
+        uint8_t *dst_rows[RESIZE_BATCH];
+        size_t n = min_size(RESIZE_BATCH, n_rows - start);
         for (size_t r = 0; r < n; r++) {
-            src_rows[r] = job->src + (size_t)job->y_axis->first[start + r] * job->src_stride;
-            dst_rows[r] = job->dst + (start + r) * job->dst_stride;
+            src_rows[r] = source_row(job, (size_t)job->y_axis->first[start + r], r);
+            dst_rows[r] = output_row(job, start + r, r);
         }
-        job->ops->resize_horizontal(src_rows, dst_rows, n, job->channels, job->x_axis);
+        job->ops->horizontal->rows(src_rows, dst_rows, n, job->source->channels, job->x_axis, job->plan);
+        deliver(job, start, n);
     }
 }
 
-/* Output row `y` along y from the source itself, for `n_bytes` bytes from byte `from` of the rows on. */
-static void vertical_row(const struct job *job, size_t y, size_t from, uint8_t *dst_row, size_t n_bytes) {
+/* Bytes [from, to) of output row `y` along y from the source itself. */
+static void vertical_row(const struct job *job, size_t y, size_t from, size_t to, uint8_t *dst) {
     const struct resize_axis *axis = job->y_axis;
-    size_t count = (size_t)axis->count[y];
-    for (size_t t = 0; t < count; t++) {
-        job->tap_rows[t] = job->src + ((size_t)axis->first[y] + t) * job->src_stride + from;
-    }
+    const struct resize_source *source = job->source;
+    size_t channels = (size_t)source->channels, count = (size_t)axis->count[y], first = (size_t)axis->first[y];
     const int32_t *weights = axis->weights + y * (size_t)axis->n_taps;
-    job->ops->resize_vertical(job->tap_rows, weights, count, dst_row, n_bytes);
+    /* The columns [begin, end) are stored; left and right of them all samples are the border's. */
+    size_t stored = (size_t)source->left * channels, stored_end = stored + (size_t)source->width * channels;
+    size_t begin = min_size(max_size(from, stored), to), end = max_size(min_size(to, stored_end), begin);
+    if (begin < end) {
+        for (size_t t = 0; t < count; t++) {
+            job->tap_rows[t] = is_border_row(source, first + t) ? job->border_row + begin
+                                                                : stored_row(source, first + t) + (begin - stored);
+        }
+        job->ops->vertical(job->tap_rows, weights, count, dst + (begin - from), end - begin, job->scratch);
+    }
+    if (from < begin || end < to) {
+        uint8_t colour[4];
+        for (size_t t = 0; t < count; t++) {
+            job->tap_rows[t] = source->colour;
+        }
+        job->ops->vertical(job->tap_rows, weights, count, colour, channels, job->scratch);
+        fill_colour(dst, colour, channels, (begin - from) / channels);
+        fill_colour(dst + (end - from), colour, channels, (to - end) / channels);
+    }
 }
 
 /* Along y only; the columns of the output are columns of the source. */
 static void resize_y(const struct job *job) {
-    size_t from = offset(job, job->x_axis->first[0]);
+    size_t from = (size_t)job->x_axis->first[0] * (size_t)job->source->channels;
     for (size_t y = 0; y < (size_t)job->y_axis->n_out; y++) {
-        vertical_row(job, y, from, job->dst + y * job->dst_stride, job->dst_stride);
+        vertical_row(job, y, from, from + job->out_bytes, output_row(job, y, 0));
+        deliver(job, y, 1);
     }
 }
 
-/* Along y, then along x: BATCH rows at a time, only the columns that some output looks at. */
+/* Along y, then along x: a batch of rows at a time, only the columns that some output looks at. */
 static bool resize_y_then_x(const struct job *job) {
     const struct resize_axis *axis = job->x_axis;
-    size_t from = offset(job, axis->first[0]);
-    size_t to = offset(job, axis->first[axis->n_out - 1] + axis->count[axis->n_out - 1]);
-    size_t row_bytes = offset(job, axis->n_in);
-    uint8_t *rows = malloc(BATCH * row_bytes); /* at most 16 * 4 * 2^24 bytes: no overflow */
+    size_t channels = (size_t)job->source->channels, last = (size_t)axis->n_out - 1;
+    size_t from = (size_t)axis->first[0] * channels;
+    size_t to = (size_t)(axis->first[last] + axis->count[last]) * channels;
+    uint8_t *rows = malloc(RESIZE_BATCH * job->in_bytes); /* at most 16 * 4 * 2^24 bytes: no overflow */
     if (!rows) {
         return false;
     }
     size_t n_rows = (size_t)job->y_axis->n_out;
-    for (size_t start = 0; start < n_rows; start += BATCH) {
-        const uint8_t *src_rows[BATCH];
-        uint8_t *dst_rows[BATCH];
-        size_t n = min_size(BATCH, n_rows - start);
+    for (size_t start = 0; start < n_rows; start += RESIZE_BATCH) {
+        const uint8_t *src_rows[RESIZE_BATCH];
+        uint8_t *dst_rows[RESIZE_BATCH];
+        size_t n = min_size(RESIZE_BATCH, n_rows - start);
         for (size_t r = 0; r < n; r++) {
-            vertical_row(job, start + r, from, rows + r * row_bytes + from, to - from);
-            src_rows[r] = rows + r * row_bytes;
-            dst_rows[r] = job->dst + (start + r) * job->dst_stride;
+            vertical_row(job, start + r, from, to, rows + r * job->in_bytes + from);
+            src_rows[r] = rows + r * job->in_bytes;
+            dst_rows[r] = output_row(job, start + r, r);
         }
-        job->ops->resize_horizontal(src_rows, dst_rows, n, job->channels, axis);
+        job->ops->horizontal->rows(src_rows, dst_rows, n, job->source->channels, axis, job->plan);
+        deliver(job, start, n);
     }
     free(rows);
     return true;
 }
 
-/* Resample the source rows [first, end) along x into the ring, where row y lives in slot y % n_slots. */
-static void fill_ring(const struct job *job, uint8_t *ring, size_t n_slots, size_t first, size_t end) {
-    for (size_t start = first; start < end; start += BATCH) {
-        const uint8_t *src_rows[BATCH];
-        uint8_t *dst_rows[BATCH];
-        size_t n = min_size(BATCH, end - start);
-        for (size_t r = 0; r < n; r++) {
-            src_rows[r] = job->src + (start + r) * job->src_stride;
-            dst_rows[r] = ring + (start + r) % n_slots * job->dst_stride;
-        }
-        job->ops->resize_horizontal(src_rows, dst_rows, n, job->channels, job->x_axis);
+/* Resample source rows from `first` on, at most a batch and none from `end` on, along x into the ring, where row y
+ * lives in slot y % n_slots. Returns the row after the last. */
+static size_t fill_ring(const struct job *job, uint8_t *ring, size_t n_slots, size_t first, size_t end) {
+    const uint8_t *src_rows[RESIZE_BATCH];
+    uint8_t *dst_rows[RESIZE_BATCH];
+    size_t n = min_size(RESIZE_BATCH, end - first);
+    for (size_t r = 0; r < n; r++) {
+        src_rows[r] = source_row(job, first + r, r);
+        dst_rows[r] = ring + (first + r) % n_slots * job->out_bytes;
     }
+    job->ops->horizontal->rows(src_rows, dst_rows, n, job->source->channels, job->x_axis, job->plan);
+    return first + n;
 }
 
-/* Along x, then along y. The ring holds the rows that one output row looks at; each source row enters it once. */
+/* Along x, then along y. The ring holds the rows that one output row looks at and a batch ahead of them; each source
+ * row enters it once. */
 static bool resize_x_then_y(const struct job *job) {
     const struct resize_axis *axis = job->y_axis;
-    size_t n_slots = (size_t)axis->n_taps;
-    uint8_t *ring = job->dst_stride > SIZE_MAX / n_slots ? NULL : malloc(n_slots * job->dst_stride);
+    size_t n_slots = (size_t)axis->n_taps + RESIZE_BATCH, n_rows = (size_t)axis->n_out;
+    uint8_t *ring = job->out_bytes > SIZE_MAX / n_slots ? NULL : malloc(n_slots * job->out_bytes);
     if (!ring) {
         return false;
     }
+    size_t end = (size_t)axis->first[n_rows - 1] + (size_t)axis->count[n_rows - 1];
     size_t filled = 0; /* source rows before this one have been in the ring */
-    for (size_t y = 0; y < (size_t)axis->n_out; y++) {
+    for (size_t y = 0; y < n_rows; y++) {
         size_t first = (size_t)axis->first[y], count = (size_t)axis->count[y];
-        fill_ring(job, ring, n_slots, filled > first ? filled : first, first + count);
-        filled = first + count;
-        for (size_t t = 0; t < count; t++) {
-            job->tap_rows[t] = ring + (first + t) % n_slots * job->dst_stride;
+        for (filled = max_size(filled, first); filled < first + count;) {
+            filled = fill_ring(job, ring, n_slots, filled, end);
         }
-        job->ops->resize_vertical(job->tap_rows, axis->weights + y * n_slots, count, job->dst + y * job->dst_stride,
-                                  job->dst_stride);
+        for (size_t t = 0; t < count; t++) {
+            job->tap_rows[t] = ring + (first + t) % n_slots * job->out_bytes;
+        }
+        const int32_t *weights = axis->weights + y * (size_t)axis->n_taps;
+        job->ops->vertical(job->tap_rows, weights, count, output_row(job, y, 0), job->out_bytes, job->scratch);
+        deliver(job, y, 1);
     }
     free(ring);
     return true;
@@ -142,27 +258,77 @@ static bool vertical_first(const struct resize_axis *x_axis, const struct resize
 }
 
 static void copy_window(const struct job *job) {
-    size_t from = offset(job, job->x_axis->first[0]);
+    size_t from = (size_t)job->x_axis->first[0] * (size_t)job->source->channels;
     for (size_t y = 0; y < (size_t)job->y_axis->n_out; y++) {
-        const uint8_t *row = job->src + (size_t)job->y_axis->first[y] * job->src_stride;
-        memcpy(job->dst + y * job->dst_stride, row + from, job->dst_stride);
+        const uint8_t *row = source_row(job, (size_t)job->y_axis->first[y], 0);
+        memcpy(output_row(job, y, 0), row + from, job->out_bytes);
+        deliver(job, y, 1);
     }
 }
 
-bool kernels_resize(const struct kernel_ops *ops, const uint8_t *src, size_t src_stride, uint8_t *dst, int channels,
+/* ---- the buffers ---- */
+
+/* `n` rows of `n_bytes`, at most 2^26, in one colour. NULL if memory ran out. */
+static uint8_t *coloured_rows(const uint8_t *colour, size_t channels, size_t n, size_t n_bytes) {
+    uint8_t *rows = malloc(n * n_bytes);
+    if (rows) {
+        fill_colour(rows, colour, channels, n * n_bytes / channels);
+    }
+    return rows;
+}
+
+static bool allocate(struct job *job) {
+    const uint8_t *colour = job->source->colour;
+    size_t channels = (size_t)job->source->channels, n_taps = (size_t)job->y_axis->n_taps; /* at most 2^24 */
+    job->tap_rows = malloc(n_taps * sizeof *job->tap_rows);
+    job->scratch = malloc((n_taps + 8) * sizeof *job->scratch);
+    bool ok = job->tap_rows && job->scratch;
+    if (ok && !job->x_axis->identity) {
+        size_t size = job->ops->horizontal->plan_size(job->x_axis, job->source->channels);
+        job->plan = malloc(max_size(size, 1));
+        ok = job->plan != NULL;
+        if (ok) {
+            job->ops->horizontal->plan_init(job->x_axis, job->source->channels, job->plan);
+        }
+    }
+    if (ok && job->source->height != job->y_axis->n_in) {
+        job->border_row = coloured_rows(colour, channels, 1, job->in_bytes);
+        ok = job->border_row != NULL;
+    }
+    if (ok && has_side_borders(job)) {
+        job->bordered_rows = coloured_rows(colour, channels, RESIZE_BATCH, job->in_bytes);
+        ok = job->bordered_rows != NULL;
+    }
+    if (ok && is_tiled(job)) {
+        job->canvas_rows = coloured_rows(job->sink->colour, channels, RESIZE_BATCH, job->canvas_bytes);
+        ok = job->canvas_rows != NULL;
+    }
+    return ok;
+}
+
+static void release(struct job *job) {
+    free(job->plan);
+    free(job->tap_rows);
+    free(job->scratch);
+    free(job->border_row);
+    free(job->bordered_rows);
+    free(job->canvas_rows);
+}
+
+bool kernels_resize(const struct kernel_ops *ops, const struct resize_source *source, const struct resize_sink *sink,
                     const struct resize_axis *x_axis, const struct resize_axis *y_axis) {
+    size_t channels = (size_t)source->channels;
     struct job job = {
         .ops = ops,
-        .src = src,
-        .src_stride = src_stride,
-        .dst = dst,
-        .dst_stride = (size_t)x_axis->n_out * (size_t)channels,
-        .channels = channels,
+        .source = source,
+        .sink = sink,
         .x_axis = x_axis,
         .y_axis = y_axis,
-        .tap_rows = malloc((size_t)y_axis->n_taps * sizeof(uint8_t *)), /* n_taps <= 2^24 */
+        .in_bytes = (size_t)x_axis->n_in * channels,
+        .out_bytes = (size_t)x_axis->n_out * channels,
+        .canvas_bytes = sink->width * channels,
     };
-    bool ok = job.tap_rows != NULL;
+    bool ok = allocate(&job);
     if (ok && x_axis->identity && y_axis->identity) {
         copy_window(&job);
     } else if (ok && y_axis->identity) {
@@ -174,6 +340,9 @@ bool kernels_resize(const struct kernel_ops *ops, const uint8_t *src, size_t src
     } else if (ok) {
         ok = resize_x_then_y(&job);
     }
-    free(job.tap_rows);
+    if (ok) {
+        deliver_margins(&job);
+    }
+    release(&job);
     return ok;
 }

@@ -27,8 +27,9 @@ static inline void horizontal_row(const uint8_t *src, uint8_t *dst, size_t chann
     }
 }
 
-static void resize_horizontal(const uint8_t *const *src_rows, uint8_t *const *dst_rows, size_t n_rows, int channels,
-                              const struct resize_axis *axis) {
+static void rows(const uint8_t *const *src_rows, uint8_t *const *dst_rows, size_t n_rows, int channels,
+                 const struct resize_axis *axis, void *plan) {
+    (void)plan;
     for (size_t r = 0; r < n_rows; r++) {
         switch (channels) {
         case 1: horizontal_row(src_rows[r], dst_rows[r], 1, axis); break;
@@ -38,8 +39,24 @@ static void resize_horizontal(const uint8_t *const *src_rows, uint8_t *const *ds
     }
 }
 
-static void resize_vertical(const uint8_t *const *src_rows, const int32_t *weights, size_t n_taps, uint8_t *dst_row,
-                            size_t n_bytes) {
+/* The weights are used as they are. */
+static size_t no_plan_size(const struct resize_axis *axis, int channels) {
+    (void)axis;
+    (void)channels;
+    return 0;
+}
+
+static void no_plan(const struct resize_axis *axis, int channels, void *plan) {
+    (void)axis;
+    (void)channels;
+    (void)plan;
+}
+
+static const struct horizontal_ops horizontal = {.plan_size = no_plan_size, .plan_init = no_plan, .rows = rows};
+
+static void vertical(const uint8_t *const *src_rows, const int32_t *weights, size_t n_taps, uint8_t *dst_row,
+                     size_t n_bytes, int32_t *scratch) {
+    (void)scratch;
     /* In blocks whose sums stay in the nearest cache, row by row inside a block: the inner loop runs along memory. */
     enum { BLOCK = 256 };
     int32_t sums[BLOCK];
@@ -60,10 +77,19 @@ static void resize_vertical(const uint8_t *const *src_rows, const int32_t *weigh
     }
 }
 
-static void normalize(const uint8_t *src, float *dst, size_t plane, size_t n_pixels, const float *lut_C256) {
-    for (size_t c = 0; c < 3; c++) {
+static void planes_u8(const uint8_t *src, uint8_t *dst, size_t plane, size_t n_pixels, int channels) {
+    for (size_t c = 0; c < (size_t)channels; c++) {
         for (size_t i = 0; i < n_pixels; i++) {
-            dst[c * plane + i] = lut_C256[c * 256 + src[3 * i + c]];
+            dst[c * plane + i] = src[(size_t)channels * i + c];
+        }
+    }
+}
+
+static void planes_f32(const uint8_t *src, float *dst, size_t plane, size_t n_pixels, int channels,
+                       const float *lut_C256) {
+    for (size_t c = 0; c < (size_t)channels; c++) {
+        for (size_t i = 0; i < n_pixels; i++) {
+            dst[c * plane + i] = lut_C256[c * 256 + src[(size_t)channels * i + c]];
         }
     }
 }
@@ -71,7 +97,8 @@ static void normalize(const uint8_t *src, float *dst, size_t plane, size_t n_pix
 const struct kernel_ops kernels_scalar = {
     .name = "scalar",
     .needs = CPU_BASELINE,
-    .resize_horizontal = resize_horizontal,
-    .resize_vertical = resize_vertical,
-    .normalize = normalize,
+    .horizontal = &horizontal,
+    .vertical = vertical,
+    .planes_u8 = planes_u8,
+    .planes_f32 = planes_f32,
 };

@@ -1,0 +1,243 @@
+/* AVX2: weights split into two 16-bit halves, pairs of taps in one multiply-add.
+ *
+ * A weight w of up to 24 bits is hi * 2^15 + lo with lo in 0..2^15 - 1, so the sum of w * sample is
+ * (sum of hi * sample) * 2^15 + sum of lo * sample: two pmaddwd, exact modulo 2^32 (32767 * 255 * 2 < 2^31).
+ */
+#include "lanes.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+enum { HALF_BITS = 15, ROWS = 8, TAPS = 2 };
+
+/* ---- horizontal: lanes of 32 bits, each with two samples of 16 bits; 8 rows, low and high 128 bits 4 rows each ---- */
+
+/* Two low halves in one word, two high halves in the next. */
+static void pack_halves(const int32_t *weights, int32_t *packed) {
+    uint32_t low[TAPS], high[TAPS];
+    for (int t = 0; t < TAPS; t++) {
+        low[t] = (uint32_t)weights[t] & ((1u << HALF_BITS) - 1);
+        high[t] = (uint32_t)(weights[t] >> HALF_BITS) & 0xFFFF;
+    }
+    packed[0] = (int32_t)(low[0] | low[1] << 16);
+    packed[1] = (int32_t)(high[0] | high[1] << 16);
+}
+
+static struct lane_format format(int channels) {
+    return (struct lane_format){
+        .taps = TAPS, .n_words = 2, .group_bytes = (size_t)channels * sizeof(__m256i), .pack = pack_halves};
+}
+
+static size_t plan_size(const struct resize_axis *axis, int channels) {
+    struct lane_format lanes = format(channels);
+    return lanes_plan_size(axis, &lanes);
+}
+
+static void plan_init(const struct resize_axis *axis, int channels, void *plan) {
+    struct lane_format lanes = format(channels);
+    lanes_plan_init(axis, &lanes, plan);
+}
+
+/* 16 bytes of row k in the low half, of row k + 4 in the high half. */
+static LANES_INLINE __m256i load_rows(const uint8_t *const *rows, int k, size_t offset) {
+    __m128i low = _mm_loadu_si128((const void *)(rows[k] + offset));
+    __m128i high = _mm_loadu_si128((const void *)(rows[k + 4] + offset));
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+}
+
+static LANES_INLINE __m256i both_halves(const int8_t *bytes) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)bytes));
+}
+
+/* Channel c of pixels 0 and 1 (2 and 3 for `rgb_high`), widened to 16 bits. */
+#define PAIR(base, c, step) (base) + (c), -1, (base) + (c) + (step), -1
+#define NONE -1, -1, -1, -1
+
+/* Row k of four, rotated so that its three lanes come to stand where they belong; see lanes.h. */
+#define RGB_ROWS(base)                                                      \
+    {                                                                       \
+        {PAIR(base, 0, 3), PAIR(base, 1, 3), PAIR(base, 2, 3), NONE},       \
+            {PAIR(base, 1, 3), PAIR(base, 2, 3), NONE, PAIR(base, 0, 3)},   \
+            {PAIR(base, 2, 3), NONE, PAIR(base, 0, 3), PAIR(base, 1, 3)},   \
+            {NONE, PAIR(base, 0, 3), PAIR(base, 1, 3), PAIR(base, 2, 3)},   \
+    }
+static const int8_t rgb_pairs[2][4][16] = {RGB_ROWS(0), RGB_ROWS(6)};
+static const int8_t rgba_pairs[2][16] = {
+    {PAIR(0, 0, 4), PAIR(0, 1, 4), PAIR(0, 2, 4), PAIR(0, 3, 4)},
+    {PAIR(8, 0, 4), PAIR(8, 1, 4), PAIR(8, 2, 4), PAIR(8, 3, 4)},
+};
+
+/* Four RGB pixels of each row, two groups of three vectors. */
+static LANES_INLINE void arrange_rgb(const uint8_t *const *rows, size_t offset, __m256i *out) {
+    for (int g = 0; g < 2; g++) {
+        __m256i x[4];
+        for (int k = 0; k < 4; k++) {
+            x[k] = _mm256_shuffle_epi8(load_rows(rows, k, offset), both_halves(rgb_pairs[g][k]));
+        }
+        _mm256_store_si256(out++, _mm256_blend_epi32(x[0], x[1], 0x88));
+        _mm256_store_si256(out++, _mm256_blend_epi32(x[1], x[2], 0xCC));
+        _mm256_store_si256(out++, _mm256_blend_epi32(x[2], x[3], 0xEE));
+    }
+}
+
+/* Four RGBA pixels of each row, two groups of four vectors. */
+static LANES_INLINE void arrange_rgba(const uint8_t *const *rows, size_t offset, __m256i *out) {
+    for (int k = 0; k < 4; k++) {
+        __m256i x = load_rows(rows, k, offset);
+        _mm256_store_si256(out + k, _mm256_shuffle_epi8(x, both_halves(rgba_pairs[0])));
+        _mm256_store_si256(out + 4 + k, _mm256_shuffle_epi8(x, both_halves(rgba_pairs[1])));
+    }
+}
+
+/* Sixteen grey pixels of each row, eight groups of one vector. */
+static LANES_INLINE void arrange_grey(const uint8_t *const *rows, size_t offset, __m256i *out) {
+    __m256i x[4], zero = _mm256_setzero_si256();
+    for (int k = 0; k < 4; k++) {
+        x[k] = load_rows(rows, k, offset);
+    }
+    /* pairs of pixels, of 16 bits, change places: after two steps the four rows of a pair lie side by side */
+    for (int half = 0; half < 2; half++) {
+        __m256i x01 = half ? _mm256_unpackhi_epi16(x[0], x[1]) : _mm256_unpacklo_epi16(x[0], x[1]);
+        __m256i x23 = half ? _mm256_unpackhi_epi16(x[2], x[3]) : _mm256_unpacklo_epi16(x[2], x[3]);
+        __m256i pairs[2] = {_mm256_unpacklo_epi32(x01, x23), _mm256_unpackhi_epi32(x01, x23)};
+        for (int i = 0; i < 2; i++) {
+            _mm256_store_si256(out++, _mm256_unpacklo_epi8(pairs[i], zero));
+            _mm256_store_si256(out++, _mm256_unpackhi_epi8(pairs[i], zero));
+        }
+    }
+}
+
+static LANES_INLINE void arrange(const uint8_t *const *rows, size_t offset, int channels, uint8_t *out) {
+    __m256i *vectors = (__m256i *)(void *)out;
+    switch (channels) {
+    case 1: arrange_grey(rows, offset, vectors); break;
+    case 3: arrange_rgb(rows, offset, vectors); break;
+    default: arrange_rgba(rows, offset, vectors); break;
+    }
+}
+
+/* Output `i` of 8 rows. */
+static LANES_INLINE void output(const struct lane_plan *plan, size_t i, uint8_t *const *dst, int channels, bool last) {
+    const __m256i *samples = (const __m256i *)(const void *)plan->arranged + plan->start[i] * channels;
+    const int32_t *weights = plan->weights + i * plan->n_weights;
+    __m256i lo[4], hi[4];
+    for (int v = 0; v < channels; v++) {
+        lo[v] = _mm256_set1_epi32(1 << (RESIZE_WEIGHT_BITS - 1));
+        hi[v] = _mm256_setzero_si256();
+    }
+    for (int32_t g = 0; g < plan->n_groups[i]; g++, weights += 2, samples += channels) {
+        __m256i w_lo = _mm256_set1_epi32(weights[0]), w_hi = _mm256_set1_epi32(weights[1]);
+        for (int v = 0; v < channels; v++) {
+            __m256i x = _mm256_load_si256(samples + v);
+            lo[v] = _mm256_add_epi32(lo[v], _mm256_madd_epi16(x, w_lo));
+            hi[v] = _mm256_add_epi32(hi[v], _mm256_madd_epi16(x, w_hi));
+        }
+    }
+    __m256i sums[4];
+    for (int v = 0; v < 4; v++) {
+        int s = v < channels ? v : channels - 1;
+        sums[v] = _mm256_srai_epi32(_mm256_add_epi32(lo[s], _mm256_slli_epi32(hi[s], HALF_BITS)), RESIZE_WEIGHT_BITS);
+    }
+    /* Both packs saturate, which is the clip to 0..255. */
+    __m256i bytes = _mm256_packus_epi16(_mm256_packs_epi32(sums[0], sums[1]), _mm256_packs_epi32(sums[2], sums[3]));
+    if (channels == 3) {
+        static const int8_t spread[16] = {0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1};
+        bytes = _mm256_shuffle_epi8(bytes, both_halves(spread));
+    }
+    uint8_t pixels[sizeof bytes]; /* by way of memory: extractions would compete for the shuffle port */
+    _mm256_storeu_si256((void *)pixels, bytes);
+    for (int half = 0; half < 2; half++) {
+        lanes_store(pixels + 16 * half, dst + 4 * half, i * (size_t)channels, channels, last);
+    }
+}
+
+static LANES_INLINE void eight_rows(const uint8_t *const *src_rows, uint8_t *const *dst_rows, size_t n_rows,
+                                    int channels, const struct resize_axis *axis, const struct lane_plan *plan) {
+    struct lane_feed feed;
+    uint8_t *dst[ROWS];
+    size_t step = channels == 1 ? 16 : 4, last = (size_t)axis->n_out - 1;
+    size_t step_size = step / TAPS * (size_t)channels * sizeof(__m256i);
+    lanes_feed_init(&feed, plan, src_rows, n_rows, ROWS, (size_t)channels, step);
+    for (size_t r = 0; r < ROWS; r++) {
+        dst[r] = dst_rows[r < n_rows ? r : n_rows - 1];
+    }
+    for (size_t i = 0; i < last; i++) {
+        lanes_feed_until(&feed, plan, i, TAPS, channels, step_size, arrange);
+        output(plan, i, dst, channels, false);
+    }
+    lanes_feed_until(&feed, plan, last, TAPS, channels, step_size, arrange);
+    output(plan, last, dst, channels, true);
+}
+
+static void rows(const uint8_t *const *src_rows, uint8_t *const *dst_rows, size_t n_rows, int channels,
+                 const struct resize_axis *axis, void *plan) {
+    for (size_t r = 0; r < n_rows; r += ROWS) {
+        switch (channels) {
+        case 1: eight_rows(src_rows + r, dst_rows + r, n_rows - r, 1, axis, plan); break;
+        case 3: eight_rows(src_rows + r, dst_rows + r, n_rows - r, 3, axis, plan); break;
+        default: eight_rows(src_rows + r, dst_rows + r, n_rows - r, 4, axis, plan); break;
+        }
+    }
+}
+
+static const struct horizontal_ops horizontal = {.plan_size = plan_size, .plan_init = plan_init, .rows = rows};
+
+/* ---- vertical: 32 columns at a time, pairs of rows ---- */
+
+/* Columns [start, start + 32). `pairs` holds lo and hi of two taps each. */
+static LANES_INLINE void columns(const uint8_t *const *src_rows, const int32_t *pairs, size_t n_taps, uint8_t *dst_row,
+                         size_t start) {
+    __m256i lo[4], hi[4], zero = _mm256_setzero_si256();
+    for (int v = 0; v < 4; v++) {
+        lo[v] = _mm256_set1_epi32(1 << (RESIZE_WEIGHT_BITS - 1));
+        hi[v] = zero;
+    }
+    for (size_t t = 0; t < n_taps; t += TAPS, pairs += 2) {
+        /* An odd row at the end is paired with itself; its second weight is 0. */
+        const uint8_t *second = src_rows[t + 1 < n_taps ? t + 1 : t];
+        __m256i a = _mm256_loadu_si256((const void *)(src_rows[t] + start));
+        __m256i b = _mm256_loadu_si256((const void *)(second + start));
+        __m256i ab_low = _mm256_unpacklo_epi8(a, b), ab_high = _mm256_unpackhi_epi8(a, b);
+        __m256i x[4] = {_mm256_unpacklo_epi8(ab_low, zero), _mm256_unpackhi_epi8(ab_low, zero),
+                        _mm256_unpacklo_epi8(ab_high, zero), _mm256_unpackhi_epi8(ab_high, zero)};
+        __m256i w_lo = _mm256_set1_epi32(pairs[0]), w_hi = _mm256_set1_epi32(pairs[1]);
+        for (int v = 0; v < 4; v++) {
+            lo[v] = _mm256_add_epi32(lo[v], _mm256_madd_epi16(x[v], w_lo));
+            hi[v] = _mm256_add_epi32(hi[v], _mm256_madd_epi16(x[v], w_hi));
+        }
+    }
+    __m256i sums[4];
+    for (int v = 0; v < 4; v++) {
+        sums[v] = _mm256_srai_epi32(_mm256_add_epi32(lo[v], _mm256_slli_epi32(hi[v], HALF_BITS)), RESIZE_WEIGHT_BITS);
+    }
+    /* Packing restores the order that unpacking changed. */
+    __m256i bytes = _mm256_packus_epi16(_mm256_packs_epi32(sums[0], sums[1]), _mm256_packs_epi32(sums[2], sums[3]));
+    _mm256_storeu_si256((void *)(dst_row + start), bytes);
+}
+
+static void vertical(const uint8_t *const *src_rows, const int32_t *weights, size_t n_taps, uint8_t *dst_row,
+                          size_t n_bytes, int32_t *scratch) {
+    enum { BLOCK = 32 };
+    if (n_bytes < BLOCK) {
+        kernels_scalar.vertical(src_rows, weights, n_taps, dst_row, n_bytes, scratch);
+        return;
+    }
+    for (size_t t = 0; t < n_taps; t += TAPS) {
+        int32_t pair[TAPS] = {weights[t], t + 1 < n_taps ? weights[t + 1] : 0};
+        pack_halves(pair, scratch + t);
+    }
+    for (size_t start = 0; start + BLOCK <= n_bytes; start += BLOCK) {
+        columns(src_rows, scratch, n_taps, dst_row, start);
+    }
+    if (n_bytes % BLOCK) { /* the last block overlaps the one before it */
+        columns(src_rows, scratch, n_taps, dst_row, n_bytes - BLOCK);
+    }
+}
+
+const struct kernel_ops kernels_avx2 = {
+    .name = "avx2",
+    .needs = CPU_AVX2,
+    .horizontal = &horizontal,
+    .vertical = vertical,
+};
+#endif

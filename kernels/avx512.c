@@ -1,0 +1,248 @@
+/* AVX-512 with VNNI: weights in three signed digits of radix 256, four taps in one dot product.
+ *
+ * A weight w is d0 + 256 * d1 + 65536 * d2 with digits of -128..127, so the sum of w * sample is
+ * sum(d0 * sample) + 256 * sum(d1 * sample) + 65536 * sum(d2 * sample): three vpdpbusd, exact modulo 2^32.
+ */
+#include "lanes.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+enum { ROWS = RESIZE_BATCH, TAPS = 4, DIGITS = 3 };
+
+/* A word for each power of 256, with the digits of four taps. */
+static void pack_digits(const int32_t *weights, int32_t *packed) {
+    uint32_t words[DIGITS] = {0};
+    for (int t = 0; t < TAPS; t++) {
+        int8_t digits[DIGITS];
+        lanes_digits(weights[t], digits);
+        for (int d = 0; d < DIGITS; d++) {
+            words[d] |= (uint32_t)(uint8_t)digits[d] << (8 * t);
+        }
+    }
+    memcpy(packed, words, sizeof words);
+}
+
+/* The value that the digits' sums stand for, rounded and shifted; not yet clipped. */
+static LANES_INLINE __m512i combined(const __m512i sums[DIGITS]) {
+    __m512i high = _mm512_add_epi32(_mm512_slli_epi32(sums[1], 8), _mm512_slli_epi32(sums[2], 16));
+    return _mm512_srai_epi32(_mm512_add_epi32(sums[0], high), RESIZE_WEIGHT_BITS);
+}
+
+/* ---- horizontal: lanes of 32 bits, each with four samples; 16 rows, 4 in each 128 bits ---- */
+
+static struct lane_format format(int channels) {
+    return (struct lane_format){.taps = TAPS, .n_words = DIGITS,
+                                .group_bytes = (size_t)channels * sizeof(__m512i), .pack = pack_digits};
+}
+
+static size_t plan_size(const struct resize_axis *axis, int channels) {
+    struct lane_format lanes = format(channels);
+    return lanes_plan_size(axis, &lanes);
+}
+
+static void plan_init(const struct resize_axis *axis, int channels, void *plan) {
+    struct lane_format lanes = format(channels);
+    lanes_plan_init(axis, &lanes, plan);
+}
+
+/* 16 bytes of rows k and k + 4. */
+static LANES_INLINE __m256i load_rows(const uint8_t *const *rows, int k, size_t offset) {
+    __m128i low = _mm_loadu_si128((const void *)(rows[k] + offset));
+    __m128i high = _mm_loadu_si128((const void *)(rows[k + 4] + offset));
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+}
+
+static LANES_INLINE __m256i both_halves(const int8_t *bytes) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)bytes));
+}
+
+/* Channel c of four pixels. */
+#define FOUR(c, step) (c), (c) + (step), (c) + 2 * (step), (c) + 3 * (step)
+#define NONE -1, -1, -1, -1
+
+/* Row k of four, rotated so that its three lanes come to stand where they belong; see lanes.h. */
+static const int8_t rgb_fours[4][16] = {
+    {FOUR(0, 3), FOUR(1, 3), FOUR(2, 3), NONE},
+    {FOUR(1, 3), FOUR(2, 3), NONE, FOUR(0, 3)},
+    {FOUR(2, 3), NONE, FOUR(0, 3), FOUR(1, 3)},
+    {NONE, FOUR(0, 3), FOUR(1, 3), FOUR(2, 3)},
+};
+static const int8_t rgba_fours[16] = {FOUR(0, 4), FOUR(1, 4), FOUR(2, 4), FOUR(3, 4)};
+
+/* Eight rows into one half of each vector. Shuffles are the scarce resource here, and loading two rows into one
+ * register takes none. RGB: four pixels, one group of three vectors. */
+static LANES_INLINE void arrange_rgb(const uint8_t *const *rows, size_t offset, __m512i *out, int half) {
+    __m256i x[4];
+    for (int k = 0; k < 4; k++) {
+        x[k] = _mm256_shuffle_epi8(load_rows(rows, k, offset), both_halves(rgb_fours[k]));
+    }
+    _mm256_store_si256((__m256i *)(out + 0) + half, _mm256_blend_epi32(x[0], x[1], 0x88));
+    _mm256_store_si256((__m256i *)(out + 1) + half, _mm256_blend_epi32(x[1], x[2], 0xCC));
+    _mm256_store_si256((__m256i *)(out + 2) + half, _mm256_blend_epi32(x[2], x[3], 0xEE));
+}
+
+/* Four RGBA pixels, one group of four vectors. */
+static LANES_INLINE void arrange_rgba(const uint8_t *const *rows, size_t offset, __m512i *out, int half) {
+    for (int k = 0; k < 4; k++) {
+        __m256i x = _mm256_shuffle_epi8(load_rows(rows, k, offset), both_halves(rgba_fours));
+        _mm256_store_si256((__m256i *)(out + k) + half, x);
+    }
+}
+
+/* Sixteen grey pixels, four groups of one vector. */
+static LANES_INLINE void arrange_grey(const uint8_t *const *rows, size_t offset, __m512i *out, int half) {
+    __m256i x[4];
+    for (int k = 0; k < 4; k++) {
+        x[k] = load_rows(rows, k, offset);
+    }
+    /* a 4 x 4 transposition of four pixels, 32 bits, in each 128 bits */
+    __m256i x01[2] = {_mm256_unpacklo_epi32(x[0], x[1]), _mm256_unpackhi_epi32(x[0], x[1])};
+    __m256i x23[2] = {_mm256_unpacklo_epi32(x[2], x[3]), _mm256_unpackhi_epi32(x[2], x[3])};
+    for (int i = 0; i < 2; i++) {
+        _mm256_store_si256((__m256i *)out++ + half, _mm256_unpacklo_epi64(x01[i], x23[i]));
+        _mm256_store_si256((__m256i *)out++ + half, _mm256_unpackhi_epi64(x01[i], x23[i]));
+    }
+}
+
+static LANES_INLINE void arrange(const uint8_t *const *rows, size_t offset, int channels, uint8_t *out) {
+    __m512i *vectors = (__m512i *)(void *)out;
+    for (int half = 0; half < 2; half++) {
+        const uint8_t *const *eight = rows + 8 * half;
+        switch (channels) {
+        case 1: arrange_grey(eight, offset, vectors, half); break;
+        case 3: arrange_rgb(eight, offset, vectors, half); break;
+        default: arrange_rgba(eight, offset, vectors, half); break;
+        }
+    }
+}
+
+/* Output `i` of 16 rows. */
+static LANES_INLINE void output(const struct lane_plan *plan, size_t i, uint8_t *const *dst, int channels, bool last) {
+    const __m512i *samples = (const __m512i *)(const void *)plan->arranged + plan->start[i] * channels;
+    const int32_t *weights = plan->weights + i * plan->n_weights;
+    __m512i sums[4][DIGITS];
+    for (int v = 0; v < channels; v++) {
+        sums[v][0] = _mm512_set1_epi32(1 << (RESIZE_WEIGHT_BITS - 1));
+        sums[v][1] = sums[v][2] = _mm512_setzero_si512();
+    }
+    for (int32_t g = 0; g < plan->n_groups[i]; g++, weights += DIGITS, samples += channels) {
+        __m512i w[DIGITS];
+        for (int d = 0; d < DIGITS; d++) {
+            w[d] = _mm512_set1_epi32(weights[d]);
+        }
+        for (int v = 0; v < channels; v++) {
+            __m512i x = _mm512_load_si512(samples + v);
+            for (int d = 0; d < DIGITS; d++) {
+                sums[v][d] = _mm512_dpbusd_epi32(sums[v][d], x, w[d]);
+            }
+        }
+    }
+    __m512i words[2];
+    for (int pair = 0; pair < 2; pair++) {
+        int v = 2 * pair < channels ? 2 * pair : channels - 1, next = v + 1 < channels ? v + 1 : v;
+        words[pair] = _mm512_packs_epi32(combined(sums[v]), combined(sums[next]));
+    }
+    __m512i bytes = _mm512_packus_epi16(words[0], words[1]); /* both packs saturate: the clip to 0..255 */
+    if (channels == 3) {
+        static const int8_t spread[16] = {0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1};
+        bytes = _mm512_shuffle_epi8(bytes, _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)spread)));
+    }
+    uint8_t pixels[sizeof bytes]; /* by way of memory: extractions would compete for the shuffle port */
+    _mm512_storeu_si512(pixels, bytes);
+    for (int quarter = 0; quarter < 4; quarter++) {
+        lanes_store(pixels + 16 * quarter, dst + 4 * quarter, i * (size_t)channels, channels, last);
+    }
+}
+
+static LANES_INLINE void sixteen_rows(const uint8_t *const *src_rows, uint8_t *const *dst_rows, size_t n_rows,
+                                      int channels, const struct resize_axis *axis, const struct lane_plan *plan) {
+    struct lane_feed feed;
+    uint8_t *dst[ROWS];
+    size_t step = channels == 1 ? 16 : 4, last = (size_t)axis->n_out - 1;
+    size_t step_size = step / TAPS * (size_t)channels * sizeof(__m512i);
+    lanes_feed_init(&feed, plan, src_rows, n_rows, ROWS, (size_t)channels, step);
+    for (size_t r = 0; r < ROWS; r++) {
+        dst[r] = dst_rows[r < n_rows ? r : n_rows - 1];
+    }
+    for (size_t i = 0; i < last; i++) {
+        lanes_feed_until(&feed, plan, i, TAPS, channels, step_size, arrange);
+        output(plan, i, dst, channels, false);
+    }
+    lanes_feed_until(&feed, plan, last, TAPS, channels, step_size, arrange);
+    output(plan, last, dst, channels, true);
+}
+
+static void rows(const uint8_t *const *src_rows, uint8_t *const *dst_rows, size_t n_rows, int channels,
+                 const struct resize_axis *axis, void *plan) {
+    switch (channels) {
+    case 1: sixteen_rows(src_rows, dst_rows, n_rows, 1, axis, plan); break;
+    case 3: sixteen_rows(src_rows, dst_rows, n_rows, 3, axis, plan); break;
+    default: sixteen_rows(src_rows, dst_rows, n_rows, 4, axis, plan); break;
+    }
+}
+
+static const struct horizontal_ops horizontal = {.plan_size = plan_size, .plan_init = plan_init, .rows = rows};
+
+/* ---- vertical: 64 columns at a time, four rows interleaved ---- */
+
+/* Columns [start, start + 64). `digits` holds DIGITS words for each four taps. */
+static LANES_INLINE void columns(const uint8_t *const *src_rows, const int32_t *digits, size_t n_taps, uint8_t *dst_row,
+                           size_t start) {
+    __m512i sums[4][DIGITS];
+    for (int v = 0; v < 4; v++) {
+        sums[v][0] = _mm512_set1_epi32(1 << (RESIZE_WEIGHT_BITS - 1));
+        sums[v][1] = sums[v][2] = _mm512_setzero_si512();
+    }
+    for (size_t t = 0; t < n_taps; t += TAPS, digits += DIGITS) {
+        __m512i row[TAPS];
+        for (size_t k = 0; k < TAPS; k++) { /* past the end the last row again; its weights are 0 */
+            row[k] = _mm512_loadu_si512(src_rows[t + k < n_taps ? t + k : n_taps - 1] + start);
+        }
+        __m512i ab_low = _mm512_unpacklo_epi8(row[0], row[1]), ab_high = _mm512_unpackhi_epi8(row[0], row[1]);
+        __m512i cd_low = _mm512_unpacklo_epi8(row[2], row[3]), cd_high = _mm512_unpackhi_epi8(row[2], row[3]);
+        __m512i x[4] = {_mm512_unpacklo_epi16(ab_low, cd_low), _mm512_unpackhi_epi16(ab_low, cd_low),
+                        _mm512_unpacklo_epi16(ab_high, cd_high), _mm512_unpackhi_epi16(ab_high, cd_high)};
+        for (int d = 0; d < DIGITS; d++) {
+            __m512i w = _mm512_set1_epi32(digits[d]);
+            for (int v = 0; v < 4; v++) {
+                sums[v][d] = _mm512_dpbusd_epi32(sums[v][d], x[v], w);
+            }
+        }
+    }
+    /* Packing restores the order that unpacking changed. */
+    __m512i low = _mm512_packs_epi32(combined(sums[0]), combined(sums[1]));
+    __m512i high = _mm512_packs_epi32(combined(sums[2]), combined(sums[3]));
+    _mm512_storeu_si512(dst_row + start, _mm512_packus_epi16(low, high));
+}
+
+static void vertical(const uint8_t *const *src_rows, const int32_t *weights, size_t n_taps, uint8_t *dst_row,
+                            size_t n_bytes, int32_t *scratch) {
+    enum { BLOCK = 64 };
+    if (n_bytes < BLOCK) {
+        kernels_avx2.vertical(src_rows, weights, n_taps, dst_row, n_bytes, scratch);
+        return;
+    }
+    int32_t *digits = scratch;
+    for (size_t t = 0; t < n_taps; t += TAPS, digits += DIGITS) {
+        int32_t group[TAPS];
+        for (size_t k = 0; k < TAPS; k++) {
+            group[k] = t + k < n_taps ? weights[t + k] : 0;
+        }
+        pack_digits(group, digits);
+    }
+    for (size_t start = 0; start + BLOCK <= n_bytes; start += BLOCK) {
+        columns(src_rows, scratch, n_taps, dst_row, start);
+    }
+    if (n_bytes % BLOCK) { /* the last block overlaps the one before it */
+        columns(src_rows, scratch, n_taps, dst_row, n_bytes - BLOCK);
+    }
+}
+
+const struct kernel_ops kernels_avx512 = {
+    .name = "avx512",
+    .needs = CPU_AVX2 | CPU_AVX512,
+    .horizontal = &horizontal,
+    .vertical = vertical,
+};
+#endif

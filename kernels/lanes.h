@@ -1,0 +1,177 @@
+/* What the SIMD targets share of the horizontal pass: samples arranged into lanes.
+ *
+ * A batch of rows has rows * channels independent streams of samples, and the same weights apply to all of them. So a
+ * stream gets a lane of a vector, and the sums of all lanes grow side by side: no weight is ever permuted, and no sum
+ * is ever taken across a vector. First the rows are arranged: `taps` successive samples of a stream, as many as one
+ * instruction multiplies and adds for a lane, form one element of the lane; all lanes of these columns form a group.
+ *
+ *     four RGB rows, 12 lanes = 3 vectors of 4:  r0R r0G r0B r1R | r1G r1B r2R r2G | r2B r3R r3G r3B
+ *
+ * Groups are aligned to `taps` columns, outputs begin anywhere, so the weights of an output are shifted to the start of
+ * its first group, with zeros before and after them.
+ */
+#ifndef EDGEVLM_LANES_H
+#define EDGEVLM_LANES_H
+
+#include "kernels.h"
+
+#include <string.h>
+
+/* The targets' loops are written once for any number of channels and compiled for each. */
+#define LANES_INLINE inline __attribute__((always_inline))
+
+enum { LANES_ALIGNMENT = 64 };
+
+/* Columns are arranged this many at a time, or a divisor of it. */
+enum { LANES_STEP = 16 };
+
+struct lane_plan {
+    size_t origin;           /* input column where group 0 begins */
+    size_t n_columns;        /* from there on, all that some output looks at */
+    size_t n_weights;        /* packed words of one output */
+    const int32_t *start;    /* per output: its first group, */
+    const int32_t *n_groups; /* and how many it has */
+    const int32_t *weights;  /* per output: packed weights of its groups */
+    uint8_t *arranged;       /* LANES_ALIGNMENT aligned */
+};
+
+/* How a target arranges: what a group of `taps` columns takes. */
+struct lane_format {
+    size_t taps;
+    size_t n_words;     /* words of packed weights for a group */
+    size_t group_bytes; /* the arranged samples of a group */
+    void (*pack)(const int32_t *weights, int32_t *packed); /* `taps` weights, in 2^-22 */
+};
+
+static inline size_t lanes_aligned(size_t n) {
+    return (n + LANES_ALIGNMENT - 1) / LANES_ALIGNMENT * LANES_ALIGNMENT;
+}
+
+/* Most groups that one output can have: its taps, and up to taps - 1 columns before the first of them. */
+static inline size_t lanes_most_groups(const struct resize_axis *axis, size_t taps) {
+    return ((size_t)axis->n_taps + 2 * taps - 2) / taps;
+}
+
+static inline size_t lanes_columns(const struct resize_axis *axis) {
+    int32_t last = axis->n_out - 1;
+    return (size_t)(axis->first[last] + axis->count[last] - axis->first[0]);
+}
+
+/* Bytes of a plan with everything it points to. Sides of at most 2^24 keep this far below 2^63. */
+static inline size_t lanes_plan_size(const struct resize_axis *axis, const struct lane_format *format) {
+    size_t n_out = (size_t)axis->n_out, n_steps = lanes_columns(axis) / LANES_STEP + 1;
+    return lanes_aligned(sizeof(struct lane_plan)) + 2 * lanes_aligned(n_out * sizeof(int32_t)) +
+           lanes_aligned(n_out * lanes_most_groups(axis, format->taps) * format->n_words * sizeof(int32_t)) +
+           n_steps * (LANES_STEP / format->taps) * format->group_bytes + LANES_ALIGNMENT;
+}
+
+/* Lay a plan out in `memory` of lanes_plan_size() bytes, and pack the weights. */
+static inline void lanes_plan_init(const struct resize_axis *axis, const struct lane_format *format, void *memory) {
+    size_t n_out = (size_t)axis->n_out, taps = format->taps, most = lanes_most_groups(axis, taps);
+    uint8_t *next = memory;
+    struct lane_plan *plan = memory;
+    next += lanes_aligned(sizeof *plan);
+    int32_t *start = (int32_t *)(void *)next;
+    next += lanes_aligned(n_out * sizeof *start);
+    int32_t *n_groups = (int32_t *)(void *)next;
+    next += lanes_aligned(n_out * sizeof *n_groups);
+    int32_t *weights = (int32_t *)(void *)next;
+    next += lanes_aligned(n_out * most * format->n_words * sizeof *weights);
+    next += -(uintptr_t)next % LANES_ALIGNMENT;
+    *plan = (struct lane_plan){.origin = (size_t)axis->first[0], .n_columns = lanes_columns(axis),
+                               .n_weights = most * format->n_words, .start = start, .n_groups = n_groups,
+                               .weights = weights, .arranged = next};
+    for (size_t i = 0; i < n_out; i++) {
+        size_t first = (size_t)axis->first[i] - plan->origin, count = (size_t)axis->count[i], shift = first % taps;
+        const int32_t *source = axis->weights + i * (size_t)axis->n_taps;
+        start[i] = (int32_t)(first / taps);
+        n_groups[i] = (int32_t)((shift + count + taps - 1) / taps);
+        for (size_t g = 0; g < (size_t)n_groups[i]; g++) {
+            int32_t group[4] = {0};
+            for (size_t t = 0; t < taps; t++) {
+                size_t tap = g * taps + t - shift; /* wraps to a huge number before the first tap */
+                group[t] = tap < count ? source[tap] : 0;
+            }
+            format->pack(group, weights + i * plan->n_weights + g * format->n_words);
+        }
+    }
+}
+
+/* The weight in three signed digits of radix 256, least first: w = d[0] + 256 * d[1] + 65536 * d[2]. Exact for
+ * |w| < 127.5 * 65536, and weights stay below 2^23 by far. */
+static inline void lanes_digits(int32_t weight, int8_t digits[3]) {
+    for (int i = 0; i < 3; i++) {
+        digits[i] = (int8_t)(uint8_t)(weight & 0xFF);
+        weight = (weight - digits[i]) / 256; /* no remainder */
+    }
+}
+
+/* A batch of rows on its way into the arranged form. It stays a few columns ahead of the outputs, so that the samples
+ * are still in the nearest cache when they are multiplied. */
+struct lane_feed {
+    const uint8_t *rows[RESIZE_BATCH]; /* at the column where group 0 begins */
+    const uint8_t *tails[RESIZE_BATCH]; /* the last bytes of each row, followed by zeros */
+    uint8_t tail_bytes[RESIZE_BATCH][48];
+    size_t step_bytes;
+    size_t next;       /* byte of the rows at which the next step begins */
+    size_t tail_start; /* steps from here on would read past the rows' end, and read the tails */
+    size_t end;
+};
+
+enum { LANES_LOAD = 16, LANES_AHEAD = 128 }; /* bytes that a step reads of each row; columns */
+
+/* Prepare `n_lane_rows` rows, of which only `n_rows` exist: the last is repeated. The results of the repetitions are
+ * written over those of the last row, with the same bytes. */
+static inline void lanes_feed_init(struct lane_feed *feed, const struct lane_plan *plan, const uint8_t *const *src_rows,
+                                   size_t n_rows, size_t n_lane_rows, size_t channels, size_t step_columns) {
+    size_t n_bytes = plan->n_columns * channels;
+    feed->step_bytes = step_columns * channels;
+    feed->next = 0;
+    feed->end = n_bytes;
+    feed->tail_start = n_bytes < LANES_LOAD ? 0 : ((n_bytes - LANES_LOAD) / feed->step_bytes + 1) * feed->step_bytes;
+    for (size_t r = 0; r < n_lane_rows; r++) {
+        feed->rows[r] = src_rows[r < n_rows ? r : n_rows - 1] + plan->origin * channels;
+        feed->tails[r] = feed->tail_bytes[r];
+        memset(feed->tail_bytes[r], 0, sizeof feed->tail_bytes[r]);
+        if (feed->tail_start < n_bytes) {
+            memcpy(feed->tail_bytes[r], feed->rows[r] + feed->tail_start, n_bytes - feed->tail_start);
+        }
+    }
+}
+
+/* Arrange at least as far as output `i` looks. `step` arranges the columns of one step, `step_size` bytes. */
+static LANES_INLINE void lanes_feed_until(struct lane_feed *feed, const struct lane_plan *plan, size_t i, size_t taps,
+                                          int channels, size_t step_size,
+                                          void (*step)(const uint8_t *const *rows, size_t offset, int channels,
+                                                       uint8_t *out)) {
+    size_t wanted = (size_t)(plan->start[i] + plan->n_groups[i]) * taps * (size_t)channels;
+    if (feed->next >= wanted) {
+        return;
+    }
+    size_t stop = wanted + LANES_AHEAD * (size_t)channels;
+    stop = stop < feed->end ? stop : feed->end;
+    uint8_t *out = plan->arranged + feed->next / feed->step_bytes * step_size;
+    size_t direct = stop < feed->tail_start ? stop : feed->tail_start;
+    for (; feed->next < direct; feed->next += feed->step_bytes, out += step_size) {
+        step(feed->rows, feed->next, channels, out);
+    }
+    for (; feed->next < stop; feed->next += feed->step_bytes, out += step_size) {
+        step(feed->tails, feed->next - feed->tail_start, channels, out);
+    }
+}
+
+/* One output of four rows, in 16 bytes: 4 for each row, the pixel first. The fourth byte of an RGB pixel is the next
+ * one's, which is written after it; the `last` has no next one. */
+static LANES_INLINE void lanes_store(const uint8_t *pixels, uint8_t *const *dst, size_t offset, int channels, bool last) {
+    for (int r = 0; r < 4; r++) {
+        if (channels == 1) {
+            dst[r][offset] = pixels[r];
+        } else if (channels == 3 && last) {
+            memcpy(dst[r] + offset, pixels + 4 * r, 3);
+        } else {
+            memcpy(dst[r] + offset, pixels + 4 * r, 4);
+        }
+    }
+}
+
+#endif
