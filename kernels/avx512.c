@@ -31,19 +31,16 @@ static LANES_INLINE __m512i combined(const __m512i sums[DIGITS]) {
 
 /* ---- horizontal: lanes of 32 bits, each with four samples; 16 rows, 4 in each 128 bits ---- */
 
-static struct lane_format format(int channels) {
-    return (struct lane_format){.taps = TAPS, .n_words = DIGITS,
-                                .group_bytes = (size_t)channels * sizeof(__m512i), .pack = pack_digits};
-}
+static const struct lane_format format = {
+    .rows = ROWS, .taps = TAPS, .channel_bytes = sizeof(__m512i), .n_words = DIGITS, .pack = pack_digits};
 
 static size_t plan_size(const struct resize_axis *axis, int channels) {
-    struct lane_format lanes = format(channels);
-    return lanes_plan_size(axis, &lanes);
+    return lanes_plan_size(axis, channels, &format);
 }
 
 static void plan_init(const struct resize_axis *axis, int channels, void *plan) {
-    struct lane_format lanes = format(channels);
-    lanes_plan_init(axis, &lanes, plan);
+    (void)channels;
+    lanes_plan_init(axis, &format, plan);
 }
 
 /* 16 bytes of rows k and k + 4. */
@@ -155,30 +152,17 @@ static LANES_INLINE void output(const struct lane_plan *plan, size_t i, uint8_t 
     }
 }
 
-static LANES_INLINE void sixteen_rows(const uint8_t *const *src_rows, uint8_t *const *dst_rows, size_t n_rows,
-                                      int channels, const struct resize_axis *axis, const struct lane_plan *plan) {
-    struct lane_feed feed;
-    uint8_t *dst[ROWS];
-    size_t step = channels == 1 ? 16 : 4, last = (size_t)axis->n_out - 1;
-    size_t step_size = step / TAPS * (size_t)channels * sizeof(__m512i);
-    lanes_feed_init(&feed, plan, src_rows, n_rows, ROWS, (size_t)channels, step);
-    for (size_t r = 0; r < ROWS; r++) {
-        dst[r] = dst_rows[r < n_rows ? r : n_rows - 1];
-    }
-    for (size_t i = 0; i < last; i++) {
-        lanes_feed_until(&feed, plan, i, TAPS, channels, step_size, arrange);
-        output(plan, i, dst, channels, false);
-    }
-    lanes_feed_until(&feed, plan, last, TAPS, channels, step_size, arrange);
-    output(plan, last, dst, channels, true);
-}
-
 static void rows(const uint8_t *const *src_rows, uint8_t *const *dst_rows, size_t n_rows, int channels,
                  const struct resize_axis *axis, void *plan) {
-    switch (channels) {
-    case 1: sixteen_rows(src_rows, dst_rows, n_rows, 1, axis, plan); break;
-    case 3: sixteen_rows(src_rows, dst_rows, n_rows, 3, axis, plan); break;
-    default: sixteen_rows(src_rows, dst_rows, n_rows, 4, axis, plan); break;
+    for (size_t r = 0; r < n_rows; r += ROWS) {
+        const uint8_t *const *src = src_rows + r;
+        uint8_t *const *dst = dst_rows + r;
+        size_t n = n_rows - r;
+        switch (channels) {
+        case 1: lanes_batch(src, dst, n, 1, axis, plan, &format, 16, 16, arrange, output); break;
+        case 3: lanes_batch(src, dst, n, 3, axis, plan, &format, 4, 16, arrange, output); break;
+        default: lanes_batch(src, dst, n, 4, axis, plan, &format, 4, 16, arrange, output); break;
+        }
     }
 }
 
@@ -223,14 +207,7 @@ static void vertical(const uint8_t *const *src_rows, const int32_t *weights, siz
         kernels_avx2.vertical(src_rows, weights, n_taps, dst_row, n_bytes, scratch);
         return;
     }
-    int32_t *digits = scratch;
-    for (size_t t = 0; t < n_taps; t += TAPS, digits += DIGITS) {
-        int32_t group[TAPS];
-        for (size_t k = 0; k < TAPS; k++) {
-            group[k] = t + k < n_taps ? weights[t + k] : 0;
-        }
-        pack_digits(group, digits);
-    }
+    lanes_pack(&format, weights, n_taps, 0, scratch);
     for (size_t start = 0; start + BLOCK <= n_bytes; start += BLOCK) {
         columns(src_rows, scratch, n_taps, dst_row, start);
     }

@@ -5,12 +5,20 @@
 #include <stdlib.h>
 #include <string.h>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 /* Slowest first; scalar is always there and complete. A new target adds one line, in its architecture's #if. */
 static const struct kernel_ops *const targets[] = {
     &kernels_scalar,
 #if defined(__x86_64__)
     &kernels_avx2,
     &kernels_avx512,
+#elif defined(__aarch64__)
+    &kernels_neon,
+    &kernels_dotprod,
 #endif
     NULL,
 };
@@ -30,6 +38,15 @@ uint32_t kernels_cpu_features(void) {
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")) {
         features |= CPU_AVX512;
     }
+#elif defined(__aarch64__)
+    features |= CPU_NEON; /* part of the base architecture */
+#if defined(__APPLE__)
+    features |= CPU_DOTPROD; /* every Apple silicon Mac has it */
+#elif defined(__linux__)
+    if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) {
+        features |= CPU_DOTPROD;
+    }
+#endif
 #endif
     return features;
 }

@@ -35,12 +35,13 @@ struct lane_plan {
     uint8_t *arranged;       /* LANES_ALIGNMENT aligned */
 };
 
-/* How a target arranges: what a group of `taps` columns takes. */
+/* How a target arranges. */
 struct lane_format {
-    size_t taps;
-    size_t n_words;     /* words of packed weights for a group */
-    size_t group_bytes; /* the arranged samples of a group */
-    void (*pack)(const int32_t *weights, int32_t *packed); /* `taps` weights, in 2^-22 */
+    size_t rows;          /* of a batch: their lanes fill `channels` vectors, or units of vectors */
+    size_t taps;          /* columns of a group */
+    size_t channel_bytes; /* the arranged samples of a group, for each channel */
+    size_t n_words;       /* packed weights of a group */
+    void (*pack)(const int32_t *weights, int32_t *words); /* those of `taps` weights, which are in 2^-22 */
 };
 
 static inline size_t lanes_aligned(size_t n) {
@@ -58,16 +59,33 @@ static inline size_t lanes_columns(const struct resize_axis *axis) {
 }
 
 /* Bytes of a plan with everything it points to. Sides of at most 2^24 keep this far below 2^63. */
-static inline size_t lanes_plan_size(const struct resize_axis *axis, const struct lane_format *format) {
+static inline size_t lanes_plan_size(const struct resize_axis *axis, int channels, const struct lane_format *format) {
+    size_t group_bytes = format->channel_bytes * (size_t)channels;
     size_t n_out = (size_t)axis->n_out, n_steps = lanes_columns(axis) / LANES_STEP + 1;
     return lanes_aligned(sizeof(struct lane_plan)) + 2 * lanes_aligned(n_out * sizeof(int32_t)) +
            lanes_aligned(n_out * lanes_most_groups(axis, format->taps) * format->n_words * sizeof(int32_t)) +
-           n_steps * (LANES_STEP / format->taps) * format->group_bytes + LANES_ALIGNMENT;
+           n_steps * (LANES_STEP / format->taps) * group_bytes + LANES_ALIGNMENT;
+}
+
+/* Pack `count` weights, of which the first stands `shift` columns behind the beginning of a group. Returns the number
+ * of groups. */
+static inline size_t lanes_pack(const struct lane_format *format, const int32_t *weights, size_t count, size_t shift,
+                                int32_t *words) {
+    size_t n_groups = (shift + count + format->taps - 1) / format->taps;
+    for (size_t g = 0; g < n_groups; g++, words += format->n_words) {
+        int32_t group[4] = {0};
+        for (size_t t = 0; t < format->taps; t++) {
+            size_t tap = g * format->taps + t - shift; /* before the first, this wraps to a huge number */
+            group[t] = tap < count ? weights[tap] : 0;
+        }
+        format->pack(group, words);
+    }
+    return n_groups;
 }
 
 /* Lay a plan out in `memory` of lanes_plan_size() bytes, and pack the weights. */
 static inline void lanes_plan_init(const struct resize_axis *axis, const struct lane_format *format, void *memory) {
-    size_t n_out = (size_t)axis->n_out, taps = format->taps, most = lanes_most_groups(axis, taps);
+    size_t n_out = (size_t)axis->n_out, most = lanes_most_groups(axis, format->taps);
     uint8_t *next = memory;
     struct lane_plan *plan = memory;
     next += lanes_aligned(sizeof *plan);
@@ -82,18 +100,10 @@ static inline void lanes_plan_init(const struct resize_axis *axis, const struct 
                                .n_weights = most * format->n_words, .start = start, .n_groups = n_groups,
                                .weights = weights, .arranged = next};
     for (size_t i = 0; i < n_out; i++) {
-        size_t first = (size_t)axis->first[i] - plan->origin, count = (size_t)axis->count[i], shift = first % taps;
-        const int32_t *source = axis->weights + i * (size_t)axis->n_taps;
-        start[i] = (int32_t)(first / taps);
-        n_groups[i] = (int32_t)((shift + count + taps - 1) / taps);
-        for (size_t g = 0; g < (size_t)n_groups[i]; g++) {
-            int32_t group[4] = {0};
-            for (size_t t = 0; t < taps; t++) {
-                size_t tap = g * taps + t - shift; /* wraps to a huge number before the first tap */
-                group[t] = tap < count ? source[tap] : 0;
-            }
-            format->pack(group, weights + i * plan->n_weights + g * format->n_words);
-        }
+        size_t first = (size_t)axis->first[i] - plan->origin, shift = first % format->taps;
+        start[i] = (int32_t)(first / format->taps);
+        n_groups[i] = (int32_t)lanes_pack(format, axis->weights + i * (size_t)axis->n_taps, (size_t)axis->count[i],
+                                          shift, weights + i * plan->n_weights);
     }
 }
 
@@ -108,27 +118,32 @@ static inline void lanes_digits(int32_t weight, int8_t digits[3]) {
 
 /* A batch of rows on its way into the arranged form. It stays a few columns ahead of the outputs, so that the samples
  * are still in the nearest cache when they are multiplied. */
+enum {
+    LANES_AHEAD = 128, /* columns */
+    LANES_TAIL = 64    /* bytes: less than one load of 64, or of 16 and one step of at most 12 */
+};
+
 struct lane_feed {
     const uint8_t *rows[RESIZE_BATCH]; /* at the column where group 0 begins */
     const uint8_t *tails[RESIZE_BATCH]; /* the last bytes of each row, followed by zeros */
-    uint8_t tail_bytes[RESIZE_BATCH][48];
+    uint8_t tail_bytes[RESIZE_BATCH][LANES_TAIL];
     size_t step_bytes;
     size_t next;       /* byte of the rows at which the next step begins */
     size_t tail_start; /* steps from here on would read past the rows' end, and read the tails */
     size_t end;
 };
 
-enum { LANES_LOAD = 16, LANES_AHEAD = 128 }; /* bytes that a step reads of each row; columns */
-
 /* Prepare `n_lane_rows` rows, of which only `n_rows` exist: the last is repeated. The results of the repetitions are
- * written over those of the last row, with the same bytes. */
+ * written over those of the last row, with the same bytes. A step reads `load_bytes` of each row, at least as many as
+ * its columns have and at most 64. */
 static inline void lanes_feed_init(struct lane_feed *feed, const struct lane_plan *plan, const uint8_t *const *src_rows,
-                                   size_t n_rows, size_t n_lane_rows, size_t channels, size_t step_columns) {
+                                   size_t n_rows, size_t n_lane_rows, size_t channels, size_t step_columns,
+                                   size_t load_bytes) {
     size_t n_bytes = plan->n_columns * channels;
     feed->step_bytes = step_columns * channels;
     feed->next = 0;
     feed->end = n_bytes;
-    feed->tail_start = n_bytes < LANES_LOAD ? 0 : ((n_bytes - LANES_LOAD) / feed->step_bytes + 1) * feed->step_bytes;
+    feed->tail_start = n_bytes < load_bytes ? 0 : ((n_bytes - load_bytes) / feed->step_bytes + 1) * feed->step_bytes;
     for (size_t r = 0; r < n_lane_rows; r++) {
         feed->rows[r] = src_rows[r < n_rows ? r : n_rows - 1] + plan->origin * channels;
         feed->tails[r] = feed->tail_bytes[r];
@@ -139,12 +154,17 @@ static inline void lanes_feed_init(struct lane_feed *feed, const struct lane_pla
     }
 }
 
-/* Arrange at least as far as output `i` looks. `step` arranges the columns of one step, `step_size` bytes. */
-static LANES_INLINE void lanes_feed_until(struct lane_feed *feed, const struct lane_plan *plan, size_t i, size_t taps,
-                                          int channels, size_t step_size,
-                                          void (*step)(const uint8_t *const *rows, size_t offset, int channels,
-                                                       uint8_t *out)) {
-    size_t wanted = (size_t)(plan->start[i] + plan->n_groups[i]) * taps * (size_t)channels;
+/* Arrange the columns of one step for all rows of a batch, from byte `offset` of them on. */
+typedef void lanes_arrange(const uint8_t *const *rows, size_t offset, int channels, uint8_t *out);
+
+/* Compute output `i` of all rows of a batch. */
+typedef void lanes_output(const struct lane_plan *plan, size_t i, uint8_t *const *dst, int channels, bool last);
+
+/* Arrange at least as far as output `i` looks. A step makes `step_size` bytes. */
+static LANES_INLINE void lanes_feed_until(struct lane_feed *feed, const struct lane_plan *plan, size_t i,
+                                          const struct lane_format *format, int channels, size_t step_size,
+                                          lanes_arrange *arrange) {
+    size_t wanted = (size_t)(plan->start[i] + plan->n_groups[i]) * format->taps * (size_t)channels;
     if (feed->next >= wanted) {
         return;
     }
@@ -153,11 +173,32 @@ static LANES_INLINE void lanes_feed_until(struct lane_feed *feed, const struct l
     uint8_t *out = plan->arranged + feed->next / feed->step_bytes * step_size;
     size_t direct = stop < feed->tail_start ? stop : feed->tail_start;
     for (; feed->next < direct; feed->next += feed->step_bytes, out += step_size) {
-        step(feed->rows, feed->next, channels, out);
+        arrange(feed->rows, feed->next, channels, out);
     }
     for (; feed->next < stop; feed->next += feed->step_bytes, out += step_size) {
-        step(feed->tails, feed->next - feed->tail_start, channels, out);
+        arrange(feed->tails, feed->next - feed->tail_start, channels, out);
     }
+}
+
+/* All outputs of one batch of rows. A step arranges `step_columns` and reads `load_bytes` of each row. */
+static LANES_INLINE void lanes_batch(const uint8_t *const *src_rows, uint8_t *const *dst_rows, size_t n_rows,
+                                     int channels, const struct resize_axis *axis, const struct lane_plan *plan,
+                                     const struct lane_format *format, size_t step_columns, size_t load_bytes,
+                                     lanes_arrange *arrange, lanes_output *output) {
+    struct lane_feed feed;
+    uint8_t *dst[RESIZE_BATCH];
+    size_t last = (size_t)axis->n_out - 1;
+    size_t step_size = step_columns / format->taps * format->channel_bytes * (size_t)channels;
+    lanes_feed_init(&feed, plan, src_rows, n_rows, format->rows, (size_t)channels, step_columns, load_bytes);
+    for (size_t r = 0; r < format->rows; r++) {
+        dst[r] = dst_rows[r < n_rows ? r : n_rows - 1];
+    }
+    for (size_t i = 0; i < last; i++) {
+        lanes_feed_until(&feed, plan, i, format, channels, step_size, arrange);
+        output(plan, i, dst, channels, false);
+    }
+    lanes_feed_until(&feed, plan, last, format, channels, step_size, arrange);
+    output(plan, last, dst, channels, true);
 }
 
 /* One output of four rows, in 16 bytes: 4 for each row, the pixel first. The fourth byte of an RGB pixel is the next
