@@ -87,7 +87,32 @@ def boxes(draw: st.DrawFn, height: int, width: int) -> tuple[float, float, float
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@settings(max_examples=400, deadline=None)
+@pytest.mark.parametrize("resample", FILTERS)
+def test_every_small_size_equals_pillow(target: str, resample: str) -> None:
+    """All pairs of 1, 3, ..., 65, in one direction along x and in the other along y."""
+    for before in range(1, 66, 2):
+        for after in range(1, 66, 2):
+            image_HWC = random_image(before, after, (1, 3, 4)[(before + after) // 2 % 3], seed=before + after // 2)
+            found = kernels.resize(image_HWC, after, before, resample, target=target)
+            assert_equal(found, pillow_resize(image_HWC, after, before, resample))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_two_thousand_random_cases_equal_pillow(target: str) -> None:
+    rng = np.random.default_rng(7)
+    for case in range(2000):
+        before, after = rng.integers(1, [4, 40, 300][case % 3], (2, 2), endpoint=True)
+        image_HWC = random_image(*before, (1, 3, 4)[case % 7 % 3], seed=case)
+        resample = list(FILTERS)[case % 5]
+        y0, y1 = sorted(rng.random(2) * before[0])
+        x0, x1 = sorted(rng.random(2) * before[1])
+        box = (x0, y0, x1, y1) if rng.random() < 0.5 else None
+        found = kernels.resize(image_HWC, *after, resample, box, target)
+        assert_equal(found, pillow_resize(image_HWC, *after, resample, box))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@settings(max_examples=150, deadline=None)
 @given(image, side, side, st.sampled_from(sorted(FILTERS)), st.data())
 def test_resize_equals_pillow(
     target: str, shape: Any, height: int, width: int, resample: str, data: st.DataObject
@@ -105,6 +130,12 @@ def test_resize_equals_pillow(
     [
         ((1, 1), (1, 1)),
         ((1, 1), (300, 200)),
+        ((1, 1), (4000, 1)),
+        ((1, 1), (1, 4000)),
+        ((4000, 1), (1, 1)),
+        ((1, 4000), (1, 1)),
+        ((10000, 1), (1, 10000)),
+        ((1, 10000), (10000, 1)),
         ((1, 5000), (1, 1)),
         ((5000, 1), (1, 1)),
         ((5000, 1), (7, 9)),
@@ -232,7 +263,7 @@ def intervals(draw: st.DrawFn, size: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(image, side, side, st.sampled_from(sorted(FILTERS)), st.data())
 def test_tiles_equal_the_steps_one_by_one(
     target: str, shape: Any, height: int, width: int, resample: str, data: st.DataObject
