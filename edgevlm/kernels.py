@@ -169,44 +169,65 @@ def resize_tiles(
     size, box_ltrb, window_tlhw = _check_geometry(height, width, box, window, border_tlhw[2:])
     canvas_hwtl = _whole_numbers("canvas", canvas, (*window_tlhw[2:], 0, 0))
     tile_hw = _whole_numbers("tile", tile, canvas_hwtl[:2])
-    border_C = _whole_numbers("border_colour", border_colour, (0,) * channels)
-    canvas_C = _whole_numbers("canvas_colour", canvas_colour, (0,) * channels)
+    colours = [
+        _colour("border_colour", border_colour, channels),
+        _colour("canvas_colour", canvas_colour, channels),
+    ]
     if min(tile_hw) < 1 or canvas_hwtl[0] % tile_hw[0] or canvas_hwtl[1] % tile_hw[1]:
         raise UsageError(f"tiles of {tile_hw} do not divide the canvas of {canvas_hwtl[:2]} (height, width)")
-    if max(*border_C, *canvas_C) > 255:
-        raise UsageError(f"colours {border_C} and {canvas_C}: samples go from 0 to 255")
-    if lut_C256 is not None:
-        lut_C256 = np.asarray(lut_C256)
-        if lut_C256.dtype != np.float32 or lut_C256.shape != (channels, 256):
-            raise UsageError(f"the table must be float32 ({channels}, 256), found {lut_C256.dtype} {lut_C256.shape}")
-        lut_C256 = np.ascontiguousarray(lut_C256)
     n_tiles = canvas_hwtl[0] // tile_hw[0] * (canvas_hwtl[1] // tile_hw[1])
-    shape, dtype = (n_tiles, channels, *tile_hw), np.dtype(np.uint8 if lut_C256 is None else np.float32)
-    if out_TCHW is not None and not (
+    table = None if lut_C256 is None else _check_table(lut_C256, channels)
+    out = _tiles_output(out_TCHW, (n_tiles, channels, *tile_hw), np.uint8 if table is None else np.float32)
+    where = (size, box_ltrb, window_tlhw, border_tlhw, colours[0], canvas_hwtl, colours[1])
+    with _translated_errors():
+        _kernels.resize_tiles(source_HWC, out, table, str(resample), *where, target)
+    return out
+
+
+def _colour(name: str, samples: Sequence[int] | None, channels: int) -> bytes:
+    """One byte for each channel; None is black.
+
+    Raises:
+        UsageError: It is no colour of so many channels.
+    """
+    numbers = _whole_numbers(name, samples, (0,) * channels)
+    if max(numbers) > 255:
+        raise UsageError(f"{name} {samples}: samples go from 0 to 255")
+    return bytes(numbers)
+
+
+def _check_table(lut_C256: Any, channels: int) -> NDArray[np.float32]:
+    """The table, packed.
+
+    Raises:
+        UsageError: It has another shape or type.
+    """
+    import numpy as np
+
+    table = np.asarray(lut_C256)
+    if table.dtype != np.float32 or table.shape != (channels, 256):
+        raise UsageError(f"the table must be float32 ({channels}, 256), found {table.dtype} {table.shape}")
+    return np.ascontiguousarray(table)
+
+
+def _tiles_output(out_TCHW: Any, shape: tuple[int, ...], dtype: type) -> NDArray[Any]:
+    """The caller's array, checked, or a new one.
+
+    Raises:
+        UsageError: The caller's has another shape or type, or cannot be written.
+    """
+    import numpy as np
+
+    if out_TCHW is None:
+        return np.empty(shape, dtype=dtype)
+    if not (
         isinstance(out_TCHW, np.ndarray)
         and out_TCHW.dtype == dtype
         and out_TCHW.shape == shape
         and out_TCHW.flags.c_contiguous
         and out_TCHW.flags.writeable
     ):
-        raise UsageError(f"out_TCHW must be a writable, C-contiguous {dtype} array {shape}")
-    with _translated_errors():
-        if out_TCHW is None:
-            out_TCHW = np.empty(shape, dtype=dtype)
-        _kernels.resize_tiles(
-            source_HWC,
-            out_TCHW,
-            lut_C256,
-            str(resample),
-            size,
-            box_ltrb,
-            window_tlhw,
-            border_tlhw,
-            bytes(border_C),
-            canvas_hwtl,
-            bytes(canvas_C),
-            target,
-        )
+        raise UsageError(f"out_TCHW must be a writable, C-contiguous {np.dtype(dtype)} array {shape}")
     return out_TCHW
 
 
