@@ -14,7 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edgevlm import kernels
+    from edgevlm import frames, kernels
     from edgevlm.answer import Answer, Timings, Usage
     from edgevlm.converters import convert
     from edgevlm.errors import EdgeVLMError
@@ -32,6 +32,7 @@ __all__ = [
     "Timings",
     "Usage",
     "convert",
+    "frames",
     "kernels",
     "load",
 ]
@@ -52,8 +53,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         value = getattr(importlib.import_module(f"edgevlm.{_HOMES[name]}"), name)
-    elif name == "kernels":
-        value = importlib.import_module("edgevlm.kernels")
+    elif name in ("frames", "kernels"):
+        value = importlib.import_module(f"edgevlm.{name}")
     else:
         raise AttributeError(f"module 'edgevlm' has no attribute {name!r}")
     globals()[name] = value

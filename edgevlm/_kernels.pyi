@@ -33,3 +33,22 @@ def resize_tiles(
     target: str | None,
     /,
 ) -> None: ...
+def yuv_size(layout: str, height: int, width: int, stride: int, /) -> int: ...
+def yuv_to_rgb(
+    src: NDArray[np.uint8],
+    dst_HWC: NDArray[np.uint8],
+    layout: str,
+    matrix: str,
+    full_range: bool,
+    stride: int,
+    target: str | None,
+    /,
+) -> None: ...
+def composite(
+    src_HWC: NDArray[np.uint8],
+    dst_HWC: NDArray[np.uint8],
+    background_rgb: tuple[int, int, int],
+    target: str | None,
+    /,
+) -> None: ...
+def sum_abs_diff(a_HWC: NDArray[np.uint8], b_HWC: NDArray[np.uint8], target: str | None, /) -> int: ...

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
+from edgevlm import frames
 from edgevlm.errors import EdgeVLMError, ImageError
 from edgevlm.files import open_regular
 
@@ -244,7 +245,6 @@ def _from_array(array: NDArray[Any], limits: ImageLimits) -> NDArray[np.uint8]:
         ImageError: `image.array`, or by size.
     """
     import numpy as np
-    from PIL import Image
 
     image_HWC = array[:, :, None] if array.ndim == 2 else array
     if array.dtype != np.uint8 or image_HWC.ndim != 3 or image_HWC.shape[2] not in (1, 3, 4):
@@ -255,7 +255,7 @@ def _from_array(array: NDArray[Any], limits: ImageLimits) -> NDArray[np.uint8]:
     height, width, channels = image_HWC.shape
     _check_size(width, height, "the array", limits)
     if channels == 4:
-        return np.asarray(_flatten(Image.fromarray(np.ascontiguousarray(image_HWC))))
+        return frames.composite(image_HWC)
     return np.ascontiguousarray(np.broadcast_to(image_HWC, (height, width, 3)))
 
 
@@ -264,13 +264,13 @@ def _to_array(image: Image) -> NDArray[np.uint8]:
     import numpy as np
 
     image.load()
-    rgb = _to_rgb(image)
-    turned = _upright(rgb, _orientation(image))
-    return np.asarray(turned)
+    turned = _upright(_to_rgb_or_rgba(image), _orientation(image))
+    pixels_HWC = np.asarray(turned)
+    return frames.composite(pixels_HWC) if turned.mode == "RGBA" else pixels_HWC
 
 
-def _to_rgb(image: Image) -> Image:
-    """Any mode as RGB.
+def _to_rgb_or_rgba(image: Image) -> Image:
+    """Any mode as RGB, or as RGBA if it has transparency.
 
     Samples wider than 8 bits keep their high byte: "I;16" and its variants, and "I", which is how 16-bit greys of some
     formats arrive. "F" is taken as 0..255, rounded and limited.
@@ -288,17 +288,8 @@ def _to_rgb(image: Image) -> Image:
         return pil.fromarray(np.clip(np.rint(grey_HW), 0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         straight = image.convert("LA") if image.mode == "La" else image  # Pillow knows no direct way
-        return _flatten(straight.convert("RGBA"))
+        return straight.convert("RGBA")
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _flatten(rgba: Image) -> Image:
-    """RGBA on a white ground: `(colour * alpha + 255 * (255 - alpha)) / 255`, rounded."""
-    from PIL import Image as pil
-
-    rgb = pil.new("RGB", rgba.size, "white")
-    rgb.paste(rgba, mask=rgba)
-    return rgb
 
 
 def _orientation(image: Image) -> int:

@@ -6,7 +6,7 @@ was made from. What runs depends on the CPU, what comes out does not. The source
 says how they work, how fast they are, and how to add a SIMD target.
 
 `EDGEVLM_KERNELS=<name>` chooses the target of a process, at the first use; the argument `target` chooses it for one
-call, so that tests can compare targets.
+call, so that tests can compare targets. The kernels for frames of a camera are in `edgevlm.frames`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def active_target() -> str:
     Raises:
         KernelError: `EDGEVLM_KERNELS` names a target that does not exist or that this CPU cannot run.
     """
-    with _translated_errors():
+    with translated_errors():
         return str(_kernels.active())
 
 
@@ -90,7 +90,7 @@ def resize(
     """
     import numpy as np
 
-    source_HWC = _check_image(image_HWC)
+    source_HWC = check_image(image_HWC)
     n_rows, n_columns, channels = source_HWC.shape
     size, box_ltrb, (top, left, rows, columns) = _check_geometry(height, width, box, window, (n_rows, n_columns))
     n_bands = _check_threads(threads, rows)
@@ -99,7 +99,7 @@ def resize(
         corner = (top + band.start, left)
         _kernels.resize(source_HWC, out_HWC[band], str(resample), size, box_ltrb, corner, target)
 
-    with _translated_errors():
+    with translated_errors():
         out_HWC = np.empty((rows, columns, channels), dtype=np.uint8)
         bands = [slice(rows * i // n_bands, rows * (i + 1) // n_bands) for i in range(n_bands)]
         if n_bands == 1:
@@ -163,7 +163,7 @@ def resize_tiles(
     """
     import numpy as np
 
-    source_HWC = _check_image(image_HWC)
+    source_HWC = check_image(image_HWC)
     n_rows, n_columns, channels = source_HWC.shape
     border_tlhw = _whole_numbers("border", border, (0, 0, n_rows, n_columns))
     size, box_ltrb, window_tlhw = _check_geometry(height, width, box, window, border_tlhw[2:])
@@ -179,7 +179,7 @@ def resize_tiles(
     table = None if lut_C256 is None else _check_table(lut_C256, channels)
     out = _tiles_output(out_TCHW, (n_tiles, channels, *tile_hw), np.uint8 if table is None else np.float32)
     where = (size, box_ltrb, window_tlhw, border_tlhw, colours[0], canvas_hwtl, colours[1])
-    with _translated_errors():
+    with translated_errors():
         _kernels.resize_tiles(source_HWC, out, table, str(resample), *where, target)
     return out
 
@@ -287,7 +287,7 @@ def _check_threads(threads: int, rows: int) -> int:
     return min(wanted, rows, _MOST_THREADS)
 
 
-def _check_image(image_HWC: Any) -> NDArray[np.uint8]:
+def check_image(image_HWC: Any) -> NDArray[np.uint8]:
     """A (H, W, C) view of a picture whose pixels are packed inside each row; a copy only if they are not.
 
     Raises:
@@ -318,7 +318,7 @@ def _check_image(image_HWC: Any) -> NDArray[np.uint8]:
 
 
 @contextmanager
-def _translated_errors() -> Iterator[None]:
+def translated_errors() -> Iterator[None]:
     """The C side's exceptions as ours; the sentences are the same."""
     try:
         yield

@@ -218,5 +218,8 @@ const struct kernel_ops kernels_avx2 = {
     .needs = CPU_AVX2,
     .horizontal = &horizontal,
     .vertical = vertical,
+    .yuv_row = avx2_yuv_row,
+    .composite_row = avx2_composite_row,
+    .sum_abs_diff = avx2_sum_abs_diff,
 };
 #endif

@@ -221,5 +221,7 @@ const struct kernel_ops kernels_avx512 = {
     .needs = CPU_AVX2 | CPU_AVX512,
     .horizontal = &horizontal,
     .vertical = vertical,
+    .yuv_row = avx512_yuv_row,
+    .composite_row = avx512_composite_row,
 };
 #endif

@@ -2,11 +2,12 @@
  *
  *     kernels_check           random pictures, sizes, filters, boxes and windows; all blocks allocated to the byte, so
  *                             that a sanitizer or valgrind sees any access outside
- *     kernels_check --bench   best of 9 runs, in CPU time, of 4000x3000 to 384x384, RGB, bicubic, for each target
+ *     kernels_check --bench   best of 9 runs, in CPU time, of 4000x3000 to 384x384, RGB, bicubic, for each target; and
+ *                             of 31 runs of each frame kernel
  *
  * Pixels are compared with memcmp. Against Pillow the tests in Python compare, on every target, too.
  */
-#include "kernels.h"
+#include "check.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -26,8 +27,8 @@ struct trial {
 
 static uint64_t state = 88172645463325252u;
 
-/* xorshift64: the same trials on every machine. */
-static uint32_t random_below(uint32_t n) {
+/* xorshift64 */
+uint32_t random_below(uint32_t n) {
     state ^= state << 13;
     state ^= state >> 7;
     state ^= state << 17;
@@ -40,7 +41,7 @@ static int32_t random_side(void) {
     return 1 + (int32_t)random_below(limits[random_below(3)]);
 }
 
-static void *need(void *block) {
+void *need(void *block) {
     if (!block) {
         fputs("out of memory\n", stderr);
         exit(2);
@@ -138,8 +139,8 @@ static bool check_planes(const struct kernel_ops *ops, size_t n_pixels) {
     return equal;
 }
 
-/* CPU time of this process, which has one thread: what other programs do on the machine hardly matters. */
-static double seconds(void) {
+/* This process has one thread: what other programs do on the machine hardly matters. */
+double seconds(void) {
     return (double)clock() / CLOCKS_PER_SEC;
 }
 
@@ -171,11 +172,12 @@ int main(int argc, char **argv) {
         n_targets++;
         if (timing) {
             bench(&ops);
+            bench_frames(&ops);
             continue;
         }
         for (int i = 0; i < TRIALS; i++) {
             struct trial t = random_trial();
-            ok = check_resize(&ops, &t) && check_planes(&ops, 1 + random_below(70)) && ok;
+            ok = check_resize(&ops, &t) && check_planes(&ops, 1 + random_below(70)) && check_frames(&ops) && ok;
             free(t.src);
         }
     }

@@ -67,6 +67,15 @@ static void overlay(struct kernel_ops *ops, const struct kernel_ops *target) {
     if (target->planes_f32) {
         ops->planes_f32 = target->planes_f32;
     }
+    if (target->yuv_row) {
+        ops->yuv_row = target->yuv_row;
+    }
+    if (target->composite_row) {
+        ops->composite_row = target->composite_row;
+    }
+    if (target->sum_abs_diff) {
+        ops->sum_abs_diff = target->sum_abs_diff;
+    }
 }
 
 static bool runs_on(const struct kernel_ops *target, uint32_t features) {

@@ -6,6 +6,7 @@
  *   resize.c    drives the two passes of a resize and owns the intermediate rows.
  *   coeffs.c    the weights of a resize in fixed point. Shared by all targets, so they agree by construction.
  *   scalar.c    the definition of every kernel. Any other target must equal it bit for bit.
+ *   frames*.[ch]  the same layers for frames of a camera, in files of their own.
  *
  * Rows hold interleaved uint8 samples (HWC); `channels` is 1, 3 or 4 and all channels are treated alike.
  */
@@ -15,6 +16,8 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+
+#include "frames.h"
 
 /* Weights are integers in units of 2^-22. Of 32 bits, 8 hold the sample, and 2 are left for the sign and for filters
  * that overshoot: (sum of |w|) * 255 < 2^31 as long as the |w| add up to less than 2, and the worst filter here
@@ -76,6 +79,16 @@ struct kernel_ops {
      * A table and not a multiply-add: it reproduces any reference's order of operations, on every target. */
     void (*planes_f32)(const uint8_t *src, float *dst, size_t plane, size_t n_pixels, int channels,
                        const float *lut_C256);
+
+    /* `n_pixels` >= 1 pixels of YUV to packed RGB; frames.h defines the numbers. May read only the samples of these
+     * pixels (of YUYV the unused second luma of an odd row, too) and may write only 3 * n_pixels bytes. */
+    void (*yuv_row)(const struct yuv_row *row, const struct yuv_weights *weights, uint8_t *dst, size_t n_pixels);
+
+    /* RGBA over a colour: dst[3 * i + c] = round((src[4 * i + c] * alpha + background[c] * (255 - alpha)) / 255). */
+    void (*composite_row)(const uint8_t *src, const uint8_t background[3], uint8_t *dst, size_t n_pixels);
+
+    /* Sum of |a[i] - b[i]| over n_bytes bytes. */
+    uint64_t (*sum_abs_diff)(const uint8_t *a, const uint8_t *b, size_t n_bytes);
 };
 
 extern const struct kernel_ops kernels_scalar;

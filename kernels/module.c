@@ -3,13 +3,7 @@
  * Checks arguments, releases the GIL, and calls. No arithmetic on pixels. It speaks the buffer protocol only, so it
  * builds without numpy and, with the limited API, once for all Python versions from 3.11 on.
  */
-#ifndef Py_LIMITED_API /* CMake's USE_SABI defines it, too */
-#define Py_LIMITED_API 0x030B0000
-#endif
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-
-#include "kernels.h"
+#include "module.h"
 
 #include <string.h>
 
@@ -23,8 +17,7 @@ static struct module_state *state_of(PyObject *module) {
     return PyModule_GetState(module);
 }
 
-/* The table of target `name`; NULL stands for the active one. False with an exception set. */
-static bool select_target(PyObject *module, const char *name, struct kernel_ops *ops) {
+bool select_target(PyObject *module, const char *name, struct kernel_ops *ops) {
     struct module_state *state = state_of(module);
     if (!name && state->active.name) {
         *ops = state->active;
@@ -42,8 +35,7 @@ static bool select_target(PyObject *module, const char *name, struct kernel_ops 
     return true;
 }
 
-/* Take a buffer of `ndim` axes of `format` ("B" or "f"). Output must be packed; input may have spaced rows. */
-static bool take(PyObject *object, Py_buffer *view, const char *what, const char *format, int ndim, bool output) {
+bool take(PyObject *object, Py_buffer *view, const char *what, const char *format, int ndim, bool output) {
     int flags = output ? PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE : PyBUF_STRIDES;
     if (PyObject_GetBuffer(object, view, flags | PyBUF_FORMAT) < 0) {
         return false;
@@ -57,8 +49,7 @@ static bool take(PyObject *object, Py_buffer *view, const char *what, const char
     return true;
 }
 
-/* Take a uint8 picture (H, W, C) whose pixels are packed inside each row. */
-static bool take_image(PyObject *object, Py_buffer *view, const char *what, bool output) {
+bool take_image(PyObject *object, Py_buffer *view, const char *what, bool output) {
     if (!take(object, view, what, "B", 3, output)) {
         return false;
     }
@@ -348,7 +339,8 @@ static int module_exec(PyObject *module) {
     if (!state->unknown_target || !state->unsupported_target) {
         return -1;
     }
-    if (PyModule_AddIntConstant(module, "MAX_SIDE", RESIZE_MAX_SIDE) < 0 ||
+    if (PyModule_AddFunctions(module, frame_methods) < 0 ||
+        PyModule_AddIntConstant(module, "MAX_SIDE", RESIZE_MAX_SIDE) < 0 ||
         PyModule_AddObjectRef(module, "UnknownTarget", state->unknown_target) < 0 ||
         PyModule_AddObjectRef(module, "UnsupportedTarget", state->unsupported_target) < 0) {
         return -1;

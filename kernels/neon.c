@@ -165,5 +165,8 @@ const struct kernel_ops kernels_neon = {
     .needs = CPU_NEON,
     .horizontal = &horizontal,
     .vertical = vertical,
+    .yuv_row = neon_yuv_row,
+    .composite_row = neon_composite_row,
+    .sum_abs_diff = neon_sum_abs_diff,
 };
 #endif

@@ -101,4 +101,7 @@ const struct kernel_ops kernels_scalar = {
     .vertical = vertical,
     .planes_u8 = planes_u8,
     .planes_f32 = planes_f32,
+    .yuv_row = scalar_yuv_row,
+    .composite_row = scalar_composite_row,
+    .sum_abs_diff = scalar_sum_abs_diff,
 };
