@@ -1,0 +1,144 @@
+"""Seeded bugs: the checks of the kernels fail when a kernel is wrong.
+
+A mutant is the source with one textual change. `kernels_check` has to find those in the targets and in what the targets
+share; Pillow those in the definition, which every target follows; the sanitizers those that change no pixel.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from native import REPOSITORY, SANITIZERS, cmake_build
+
+pytestmark = pytest.mark.slow
+
+PILLOW_CHECK = Path(__file__).with_name("pillow_check.py")
+
+
+class Mutant(NamedTuple):
+    """The first `before` in `file` becomes `after`."""
+
+    idea: str
+    file: str
+    before: str
+    after: str
+
+
+CHECKED = [
+    Mutant("tile row", "resize.c", "y % sink->tile_height * sink->tile_width", "y % sink->tile_height"),
+    Mutant("pass order", "resize.c", "lost_rows > 2 * lost_columns", "lost_rows >= 2 * lost_columns"),
+    Mutant("ring too small", "resize.c", "(size_t)axis->n_taps + RESIZE_BATCH", "(size_t)axis->n_taps"),
+    Mutant("border row", "resize.c", "y < (size_t)source->top", "y <= (size_t)source->top"),
+    Mutant("plane", "scalar.c", "dst[c * plane + i] = src", "dst[c * n_pixels + i] = src"),
+    Mutant("CPU not asked", "dispatch.c", "if (!runs_on(targets[last], features))", "if (false)"),
+]
+UNSEEN = [
+    Mutant("leak", "resize.c", "free(job->canvas_rows);", ""),
+    Mutant("overflow", "coeffs.c", "w * (1 << RESIZE_WEIGHT_BITS)", "w * (1L << (RESIZE_WEIGHT_BITS + 10))"),
+]
+if platform.machine() == "x86_64":
+    CHECKED += [
+        Mutant("rounding", "avx2.c", "1 << (RESIZE_WEIGHT_BITS - 1)", "1 << RESIZE_WEIGHT_BITS"),
+        Mutant("no clip", "avx2.c", "_mm256_packus_epi16(", "_mm256_packs_epi16("),
+        Mutant("odd tap", "avx2.c", "t + 1 < n_taps ? t + 1 : t", "t"),
+        Mutant("digit", "avx512.c", "_mm512_slli_epi32(sums[2], 16)", "_mm512_slli_epi32(sums[2], 15)"),
+        Mutant("last column", "avx512.c", "columns(src_rows, scratch, n_taps, dst_row, n_bytes - BLOCK)", ""),
+        Mutant("tap", "lanes.h", "g * format->taps + t - shift", "g * format->taps + t + 1 - shift"),
+        Mutant("write behind a row", "lanes.h", "channels == 3 && last", "channels == 3 && !channels"),
+        Mutant("groups", "lanes.h", "(shift + count + format->taps - 1) / format->taps", "count / format->taps"),
+    ]
+    UNSEEN += [
+        Mutant("read behind a row", "lanes.h", "(n_bytes - load_bytes) /", "n_bytes /"),
+        Mutant(
+            "plan too small",
+            "lanes.h",
+            "n_steps * (LANES_STEP / format->taps)",
+            "(n_steps - 1) * (LANES_STEP / format->taps)",
+        ),
+    ]
+DEFINITIONS = [
+    Mutant("rounding", "scalar.c", "1 << (RESIZE_WEIGHT_BITS - 1)", "0"),
+    Mutant("no clip", "scalar.c", "value > 255 ? 255 : value", "value"),
+    Mutant("negative weights", "coeffs.c", "w < 0 ? -0.5 : 0.5", "0.5"),
+    Mutant("last tap", "coeffs.c", "center + support + 0.5", "center + support"),
+    Mutant("bicubic", "coeffs.c", "1.5 * x - 2.5", "1.5 * x - 2.4"),
+    Mutant("half a pixel", "coeffs.c", "origin + i + 0.5", "origin + i"),
+    Mutant("pass order", "resize.c", "lost_rows > 2 * lost_columns", "lost_rows >= 2 * lost_columns"),
+]
+
+
+def named(mutants: list[Mutant]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("mutant", mutants, ids=[f"{mutant.file}-{mutant.idea}" for mutant in mutants])
+
+
+class Workshop:
+    """A copy of the sources that is damaged, built and repaired; only what changed is compiled."""
+
+    def __init__(self, folder: Path, c_flags: str) -> None:
+        self.folder, self.c_flags = folder, c_flags
+        shutil.copytree(REPOSITORY / "kernels", folder / "kernels")
+        shutil.copy(REPOSITORY / "CMakeLists.txt", folder)
+
+    def run(self, target: str, mutant: Mutant | None = None) -> subprocess.CompletedProcess[str]:
+        """What the check that belongs to `target` says of the mutant, or of the sources as they are."""
+        if mutant is None:
+            return self._run(target)
+        path = self.folder / "kernels" / mutant.file
+        source = path.read_text()
+        assert mutant.before in source, "the source has changed: so must the mutant"
+        path.write_text(source.replace(mutant.before, mutant.after, 1))
+        try:
+            return self._run(target)
+        finally:
+            path.write_text(source)
+
+    def _run(self, target: str) -> subprocess.CompletedProcess[str]:
+        cmake_build(self.folder, self.folder / "build", target, self.c_flags)
+        if target == "kernels_check":
+            command = [self.folder / "build" / target]
+        else:
+            command = [sys.executable, PILLOW_CHECK, self.folder / "build" / "_kernels.abi3.so"]
+        return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("plain"), "-O1")
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("sanitized"), f"-O1 {SANITIZERS}")
+
+
+@pytest.mark.parametrize("target", ["kernels_check", "_kernels"])
+def test_the_sources_as_they_are_pass(plain: Workshop, target: str) -> None:
+    done = plain.run(target)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@named(CHECKED)
+def test_kernels_check_finds(plain: Workshop, mutant: Mutant) -> None:
+    done = plain.run("kernels_check", mutant)
+    assert done.returncode == 1
+    assert "differs" in done.stdout or "selected wrongly" in done.stdout
+
+
+@named(DEFINITIONS)
+def test_pillow_finds(plain: Workshop, mutant: Mutant) -> None:
+    done = plain.run("_kernels", mutant)
+    assert done.returncode == 1
+    assert "AssertionError" in done.stderr
+
+
+@named(UNSEEN)
+def test_sanitizers_find(sanitized: Workshop, mutant: Mutant) -> None:
+    done = sanitized.run("kernels_check", mutant)
+    assert done.returncode != 0
+    assert "Sanitizer" in done.stderr or "runtime error" in done.stderr, done.stdout
