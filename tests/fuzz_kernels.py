@@ -250,10 +250,11 @@ def fuzz_tiles(draw: Draw) -> None:
     shape = (n_down * n_across, channels, *tile)
     out = Guarded(shape, np.uint8 if table is None else np.float32)
     if draw.below(2):
+        tiles = draw.pick((out.array,) * 15 + (out.array.reshape(1, -1, *tile),))
         octets = [bytes(whole % 256 for whole in colour if isinstance(whole, int)) for colour in colours]
         arguments = [
             source,
-            out.array,
+            tiles,
             table,
             filter_name,
             draw.numbers(height, width),
