@@ -26,9 +26,8 @@ if TYPE_CHECKING:
 
     from edgevlm.image import ImageSource
 
-#: Pixels that a contender handles in one turn, at least: short calls are repeated, or caches warm from the call before
-#: would not show.
-_PIXELS_PER_TURN = 24_000_000
+#: Fewest and most timed calls of a turn: short calls are repeated, so that a turn outlasts a glitch of the machine.
+_CALLS = (2, 20)
 #: More wall time than this for each second of CPU time, and the report says that the machine was busy.
 _BUSY = 1.1
 
@@ -158,7 +157,7 @@ def compare(case: Case, contenders: Mapping[str, Contender], rounds: int) -> dic
     import numpy as np
 
     samples: dict[str, list[Sample]] = {name: [] for name in contenders}
-    calls = max(2, round(_PIXELS_PER_TURN / 1e6 / case.megapixels))
+    calls = max(_CALLS[0], min(_CALLS[1], round(12 / case.megapixels)))
     for _ in range(rounds):
         for name, contender in contenders.items():
             samples[name] += contender.turn(calls)
