@@ -6,6 +6,7 @@
 #   make setup    the same with the test tools and the reference implementations
 #   make lint     ruff and mypy
 #   make bench    time every stage on this machine
+#   make bench-kernels   time the image kernels beside their rivals, and say which goals they reach
 #   make bundle   convert panel/checkpoint to the built-in bundle again
 #   make clean    remove what was built (`make distclean` removes the virtual environment as well)
 
@@ -13,11 +14,13 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --quiet install
+RIVALS := build/bench-venv
+SIMD   := build/bench-simd-venv
 
 # Through the environment the pins also reach the isolated environments in which packages are built.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: setup build demo test lint bench bundle clean distclean
+.PHONY: setup build demo test lint bench bench-kernels bundle clean distclean
 
 build: $(VENV)/.built
 setup: $(VENV)/.dev
@@ -51,6 +54,23 @@ test: lint
 
 bench: $(VENV)/.dev
 	$(BIN)/python tests/bench_stages.py
+
+$(RIVALS)/.built: bench-requirements.txt
+	$(PYTHON) -m venv $(RIVALS) || { rm -rf $(RIVALS); exit 1; }
+	$(RIVALS)/bin/python -m pip --quiet install --requirement bench-requirements.txt
+	@touch $@
+
+# pillow-simd takes Pillow's place, hence a second environment. Its AVX2 code is chosen when it is compiled, and pip must
+# not take a wheel from its cache that was compiled without.
+$(SIMD)/.built:
+	$(PYTHON) -m venv $(SIMD) || { rm -rf $(SIMD); exit 1; }
+	@CC="cc -mavx2" $(SIMD)/bin/python -m pip --quiet --no-cache-dir install numpy pillow-simd==12.1.1.post0 \
+	  && touch $@ || echo "pillow-simd cannot be built here, so it is not measured;" \
+	  "it needs an x86-64 machine and the headers of libjpeg and zlib (Debian: libjpeg62-turbo-dev zlib1g-dev)"
+
+bench-kernels: $(VENV)/.dev $(RIVALS)/.built $(SIMD)/.built
+	$(BIN)/python tests/bench_kernels.py rivals=$(RIVALS)/bin/python \
+	  $$(test ! -e $(SIMD)/.built || echo pillow-simd=$(SIMD)/bin/python)
 
 bundle: $(VENV)/.dev
 	$(BIN)/edgevlm convert panel/checkpoint edgevlm/builtin --name panel-reader --decoder-quant q8_0 --overwrite

@@ -1,6 +1,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
+COMPILER: str
 MAX_SIDE: int
 
 class UnknownTarget(ValueError): ...

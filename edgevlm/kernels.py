@@ -45,6 +45,11 @@ def active_target() -> str:
         return str(_kernels.active())
 
 
+def compiler() -> str:
+    """Name and version of the compiler that made the kernels."""
+    return _kernels.COMPILER
+
+
 def resize(
     image_HWC: NDArray[np.uint8],
     height: int,

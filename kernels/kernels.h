@@ -19,6 +19,13 @@
 
 #include "frames.h"
 
+/* Who compiled them, for benchmarks. */
+#ifdef __clang__
+#define KERNELS_COMPILER __VERSION__ /* begins with "Clang" or "Apple LLVM" */
+#else
+#define KERNELS_COMPILER "GCC " __VERSION__
+#endif
+
 /* Weights are integers in units of 2^-22. Of 32 bits, 8 hold the sample, and 2 are left for the sign and for filters
  * that overshoot: (sum of |w|) * 255 < 2^31 as long as the |w| add up to less than 2, and the worst filter here
  * (Lanczos cut at a border) stays below 1.6. Pillow calls this PRECISION_BITS. */

@@ -6,16 +6,14 @@ says little: compare ratios inside one run.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
-import statistics
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import edgevlm
-from edgevlm.machine import peak_rss_bytes, usable_cpus
+from edgevlm.bench import Spread, card
+from edgevlm.machine import peak_rss_bytes
 
 PICTURE = Path(__file__).parent.parent / "examples" / "panel.jpg"
 QUESTION = "Describe the panel."
@@ -24,17 +22,8 @@ WARM_UP, RUNS = 3, 30
 NOISY = 0.10
 
 
-def card() -> dict[str, str | int]:
-    """What the numbers belong to."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    versions = {name: importlib.metadata.version(name) for name in ("onnxruntime", "llama-cpp-python", "numpy")}
-    return {"edgevlm": edgevlm.__version__, "cpu": cpu, "threads": usable_cpus(), **versions}
-
-
 def main() -> None:
-    about = card()
+    about = card("onnxruntime", "llama-cpp-python", "numpy")
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     started = time.perf_counter()
     with edgevlm.load() as model:
@@ -45,11 +34,9 @@ def main() -> None:
           f"{usage.completion_tokens} answer tokens, {RUNS} runs")  # fmt: skip
     rows: dict[str, dict[str, float]] = {}
     for stage in asdict(answers[0].timings):
-        values = sorted(getattr(answer.timings, stage) for answer in answers)
-        low, high = values[len(values) // 4], values[-len(values) // 4]
-        rows[stage] = {"median": statistics.median(values), "best": values[0], "quartile_range": high - low}
+        rows[stage] = asdict(Spread.of([getattr(answer.timings, stage) for answer in answers]))
     rows["load_s"]["median"] = rows["load_s"]["best"] = load_s
-    print("| stage | median | best | quartile range |\n|---|---|---|---|")
+    print("| stage | best | median | quartile range |\n|---|---|---|---|")
     for stage, row in rows.items():
         unit, scale = ("/s", 1.0) if stage == "tokens_per_s" else ("ms", 1e3)
         print(f"| {stage} | " + " | ".join(f"{value * scale:.2f} {unit}" for value in row.values()) + " |")

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from pictures import smooth
 from PIL import Image
 
-from edgevlm import __version__
+from edgevlm import __version__, kernels
 from edgevlm.bundle import BUILTIN
 from edgevlm.cli import main
 from panel.scenes import make_scene
@@ -113,7 +114,7 @@ def test_text_without_a_picture(run: Runner) -> None:
 
 def test_version_and_help(run: Runner) -> None:
     assert run("--version").out == f"edgevlm {__version__}\n"
-    for command in ((), ("ask",), ("convert",)):
+    for command in ((), ("ask",), ("convert",), ("bench",)):
         shown = run(*command, "--help")
         assert shown.code == 0
         assert "Example" in shown.out
@@ -140,6 +141,40 @@ def test_help_imports_nothing_heavy() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
+
+
+STEPS = {
+    "resize": {"memory copy", "Pillow", *(f"edgevlm {target}" for target in kernels.targets())},
+    "tensor": {"edgevlm", "edgevlm, resize alone", "Pillow, numpy"},
+    "jpeg": {"edgevlm", "Pillow, decode alone", "Pillow, numpy"},
+}
+
+
+def test_bench_prints_a_card_a_table_and_json(run: Runner, tmp_path: Path) -> None:
+    """Times are only asked to be positive; the pixels that are compared on the way must be equal."""
+    Image.fromarray(smooth()).save(tmp_path / "photo.png")
+    result = run("bench", "--preprocess", "-i", tmp_path / "photo.png", "--rounds", "2")
+    assert (result.code, result.err) == (0, "")
+    *table, last = result.out.splitlines()
+    assert table[0].startswith(f"edgevlm {__version__}, cpu ")
+    document = json.loads(last)
+    assert set(document) == {"card", "rounds", "busy", "cases"}
+    assert {"cpu", "target", "targets", "compiler", "numpy", "pillow"} <= set(document["card"])
+    assert [(case["step"], case["resample"]) for case in document["cases"]] == [
+        ("resize", "bicubic"), ("resize", "lanczos"), ("resize", "bilinear"), ("tensor", "bicubic"), ("jpeg", "bicubic")
+    ]  # fmt: skip
+    for case in document["cases"]:
+        assert any(f"**{case['name']}**" in line for line in table)
+        assert set(case["rows"]) == STEPS[case["step"]]
+        for name, row in case["rows"].items():
+            assert row["mpx_per_s"] > 0
+            assert row["cpu_s"]["median"] >= row["cpu_s"]["best"] > 0
+            assert row["wall_s"]["median"] >= row["wall_s"]["best"] > 0
+            assert row["difference"] == (0 if case["step"] == "resize" and name != "memory copy" else None)
+    only = run(
+        "bench", "--preprocess", "-i", "-", "--rounds", "1", "--json", stdin=(tmp_path / "photo.png").read_bytes()
+    )
+    assert set(json.loads(only.out)) == set(document)
 
 
 # ---- what is refused, with one line and the right exit code
@@ -218,6 +253,12 @@ def test_streams_that_cannot_be_used(panel: Path) -> None:
         assert result.returncode in (1, 2), shell
         assert result.stderr.count("\n") == 1, result.stderr
         assert f"[{code}]" in result.stderr, shell
+
+
+def test_bench_measures_preprocessing_only(run: Runner, tmp_path: Path) -> None:
+    refused(run("bench"), "usage.invalid", 2, "--preprocess")
+    refused(run("bench", "--preprocess", "-i", tmp_path / "absent.jpg"), "file.not_found")
+    assert run("bench", "--preprocess", "--rounds", "0").code == 2
 
 
 def test_arguments_outside_their_range(run: Runner, panel: Path) -> None:
