@@ -150,7 +150,8 @@ def resize_tiles(
         tile: (height, width) of a tile; they must divide the canvas; default: one tile.
         canvas_colour: Of the canvas where the window does not cover it, before the table; default: zeros.
         lut_C256: float32 (C, 256): each sample is replaced by its entry; default: samples stay uint8.
-        out_TCHW: Where the result goes, C-contiguous and writable: a slice of a batch, say; default: a new array.
+        out_TCHW: Where the result goes, C-contiguous and writable, not overlapping the picture: a slice of a batch,
+            say; default: a new array.
 
     Returns:
         `out_TCHW`: (T, C, tile height, tile width), float32 with a table and uint8 without one.
@@ -213,7 +214,7 @@ def _check_table(lut_C256: Any, channels: int) -> NDArray[np.float32]:
     table = np.asarray(lut_C256)
     if table.dtype != np.float32 or table.shape != (channels, 256):
         raise UsageError(f"the table must be float32 ({channels}, 256), found {table.dtype} {table.shape}")
-    return np.ascontiguousarray(table)
+    return np.require(table, requirements=["C_CONTIGUOUS", "ALIGNED"])
 
 
 def _tiles_output(out_TCHW: Any, shape: tuple[int, ...], dtype: type) -> NDArray[Any]:
@@ -232,8 +233,9 @@ def _tiles_output(out_TCHW: Any, shape: tuple[int, ...], dtype: type) -> NDArray
         and out_TCHW.shape == shape
         and out_TCHW.flags.c_contiguous
         and out_TCHW.flags.writeable
+        and out_TCHW.flags.aligned
     ):
-        raise UsageError(f"out_TCHW must be a writable, C-contiguous {np.dtype(dtype)} array {shape}")
+        raise UsageError(f"out_TCHW must be a writable, aligned, C-contiguous {np.dtype(dtype)} array {shape}")
     return out_TCHW
 
 

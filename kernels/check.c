@@ -1,4 +1,4 @@
-/* Checks every target, and times it. Not part of the library; see docs/images.md for how to build it.
+/* Checks every target, and times it. Not part of the library; see docs/kernels.md for how to build it.
  *
  *     kernels_check           random pictures, sizes, filters, boxes, windows, borders, canvases and tiles, and frames,
  *                             until one differs; all blocks allocated to the byte, so that a sanitizer or valgrind

@@ -1,11 +1,12 @@
 /* The image kernels of edgevlm: what each function promises, and the table through which a SIMD target replaces it.
  *
  * The layers, from the outside in:
- *   module.c    CPython binding: argument checks, GIL. No arithmetic.
+ *   module*.c   CPython binding: argument checks, GIL. No arithmetic.
  *   dispatch.c  which targets exist, which of them this CPU runs, which one was asked for.
  *   resize.c    drives the two passes of a resize and owns the intermediate rows.
  *   coeffs.c    the weights of a resize in fixed point. Shared by all targets, so they agree by construction.
- *   scalar.c    the definition of every kernel. Any other target must equal it bit for bit.
+ *   scalar.c    the definition of every kernel. Any other target must equal it bit for bit:
+ *   avx2.c, avx512.c, neon.c, dotprod.c  with lanes.h and lanes_neon.h, which they share.
  *   frames*.[ch]  the same layers for frames of a camera, in files of their own.
  *
  * Rows hold interleaved uint8 samples (HWC); `channels` is 1, 3 or 4 and all channels are treated alike.

@@ -25,8 +25,9 @@ bool select_target(PyObject *module, const char *name, struct kernel_ops *ops) {
     }
     char message[512];
     switch (kernels_select(name, kernels_cpu_features(), ops, message, sizeof message)) {
-    case SELECT_UNKNOWN: PyErr_SetString(state->unknown_target, message); return false;
-    case SELECT_UNSUPPORTED: PyErr_SetString(state->unsupported_target, message); return false;
+    /* PyErr_Format decodes leniently: a name may be no UTF-8, or be cut inside a character. */
+    case SELECT_UNKNOWN: PyErr_Format(state->unknown_target, "%s", message); return false;
+    case SELECT_UNSUPPORTED: PyErr_Format(state->unsupported_target, "%s", message); return false;
     case SELECT_OK: break;
     }
     if (!name) {
@@ -43,6 +44,11 @@ bool take(PyObject *object, Py_buffer *view, const char *what, const char *forma
     if (view->ndim != ndim || !view->format || strcmp(view->format, format) != 0) {
         PyErr_Format(PyExc_TypeError, "%s: needs %d axes of format '%s', found %d of '%s'", what, ndim, format,
                      view->ndim, view->format ? view->format : "?");
+        PyBuffer_Release(view);
+        return false;
+    }
+    if ((uintptr_t)view->buf % (size_t)view->itemsize != 0) {
+        PyErr_Format(PyExc_ValueError, "%s: not aligned to its items of %zd bytes", what, view->itemsize);
         PyBuffer_Release(view);
         return false;
     }

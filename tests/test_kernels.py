@@ -355,6 +355,12 @@ def test_grey_keeps_two_axes() -> None:
 
 # ---- refusals ----
 
+
+def unaligned_zeros(*shape: int) -> Array:
+    """float32, one byte off its alignment."""
+    return np.zeros(4 * int(np.prod(shape)) + 1, np.uint8)[1:].view(np.float32).reshape(shape)
+
+
 RGB = random_image(4, 5, 3)
 
 
@@ -421,6 +427,7 @@ def test_what_is_out_of_range_is_refused(change: dict[str, Any]) -> None:
         {"out_TCHW": np.zeros((2, 3, 2, 2), np.uint8)},
         {"out_TCHW": np.zeros((1, 3, 2, 4), np.uint8)[..., ::2]},
         {"out_TCHW": [[[[0]]]]},
+        {"out_TCHW": unaligned_zeros(1, 3, 2, 2), "lut_C256": np.zeros((3, 256), np.float32)},
         {"tile": (0, 1)},
         {"tile": (2, 3)},
         {"tile": 2},
@@ -506,9 +513,18 @@ def test_scalar_is_always_there_and_slowest() -> None:
     assert kernels.active_target() in TARGETS
 
 
-def test_unknown_target_lists_the_valid_ones() -> None:
+def test_an_unaligned_table_is_as_good_as_any() -> None:
+    table_C256 = unaligned_zeros(3, 256)
+    table_C256[:] = np.arange(768, dtype=np.float32).reshape(3, 256)
+    found = kernels.resize_tiles(RGB, 4, 5, lut_C256=table_C256)
+    assert_equal(found, kernels.resize_tiles(RGB, 4, 5, lut_C256=table_C256.copy()))
+
+
+@pytest.mark.parametrize("name", ["sse9", "a" + "é" * 64, "\N{SNOWMAN}" * 30])
+def test_unknown_target_lists_the_valid_ones(name: str) -> None:
+    """Also where the name is cut inside a character."""
     with pytest.raises(KernelError, match="this CPU runs: scalar") as caught:
-        kernels.resize(RGB, 2, 2, target="sse9")
+        kernels.resize(RGB, 2, 2, target=name)
     assert caught.value.code == "kernels.unknown_target"
 
 

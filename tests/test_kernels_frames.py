@@ -471,6 +471,8 @@ CALLS: dict[str, Callable[[str | None], object]] = {
     "yuv": lambda target: frames.yuv_to_rgb(LARGE_HWC.reshape(-1)[:6_000_000], 1500, 2000, "yuyv", target=target),
     "composite": lambda target: frames.composite(LARGE_HWC, target=target),
     "difference": lambda target: frames.mean_abs_diff(LARGE_HWC, LARGE_HWC, target),
+    "resize": lambda target: kernels.resize(LARGE_HWC, 100, 100, target=target),
+    "tiles": lambda target: kernels.resize_tiles(LARGE_HWC, 100, 100, target=target),
 }
 
 
