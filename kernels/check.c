@@ -5,6 +5,7 @@
  *                             sees any access outside
  *     kernels_check --bench   best of 9 runs, in CPU time, of 4000x3000 to 384x384, RGB, bicubic, for each target; and
  *                             of 31 runs of each frame kernel
+ *     kernels_check --repeat TARGET N     800x600 to 77x77 N times: two runs differ by the instructions of the resizes
  *
  * Pixels are compared with memcmp, with those of the plain resize in check_plain.c, which takes only the weights from
  * the library: scalar and what all targets share are checked, too. Against Pillow the tests in Python compare, on every
@@ -188,10 +189,16 @@ double seconds(void) {
     return (double)clock() / CLOCKS_PER_SEC;
 }
 
-static void bench(const struct kernel_ops *ops) {
-    struct trial t = {.filter = FILTER_BICUBIC, .channels = 3, .n_in = {4000, 3000}, .n_out = {384, 384},
-                      .n_window = {384, 384}, .box = {{0, 4000}, {0, 3000}}};
+/* A whole RGB picture to a square, bicubic. */
+static struct trial photograph(int32_t width, int32_t height, int32_t side) {
+    struct trial t = {.filter = FILTER_BICUBIC, .channels = 3, .n_in = {width, height}, .n_out = {side, side},
+                      .n_window = {side, side}, .box = {{0, (float)width}, {0, (float)height}}};
     make_picture(&t);
+    return t;
+}
+
+static void bench(const struct kernel_ops *ops) {
+    struct trial t = photograph(4000, 3000, 384);
     double best = INFINITY;
     for (int i = 0; i < 9; i++) {
         double start = seconds();
@@ -200,6 +207,21 @@ static void bench(const struct kernel_ops *ops) {
     }
     printf("%-8s %7.1f ms, %5.0f Mpx/s in\n", ops->name, best * 1e3, 12.0 / best);
     free(t.src);
+}
+
+static int repeat(const char *target, int n) {
+    struct kernel_ops ops;
+    char message[512];
+    if (kernels_select(target, kernels_cpu_features(), &ops, message, sizeof message) != SELECT_OK) {
+        fprintf(stderr, "%s\n", message);
+        return 2;
+    }
+    struct trial t = photograph(800, 600, 77);
+    for (int i = 0; i < n; i++) {
+        free(run(&ops, &t));
+    }
+    free(t.src);
+    return 0;
 }
 
 /* Every table that kernels_select() makes on some CPU with a part of this one's features, which it must respect. */
@@ -232,6 +254,9 @@ static size_t all_tables(struct kernel_ops tables[MOST_TABLES]) {
 }
 
 int main(int argc, char **argv) {
+    if (argc == 4 && strcmp(argv[1], "--repeat") == 0) {
+        return repeat(argv[2], atoi(argv[3]));
+    }
     enum { TRIALS = 3000 };
     bool timing = argc > 1 && strcmp(argv[1], "--bench") == 0, ok = true;
     struct kernel_ops tables[MOST_TABLES];

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
 from typing import Any
@@ -16,6 +17,9 @@ from edgevlm.errors import FileError, ImageError
 from edgevlm.image import load_image
 
 Array = NDArray[Any]
+
+#: One in so many of the kernels' random cases is tried: emulated computers are slow (docs/raspberry-pi.md).
+THIN = int(os.environ.get("EDGEVLM_THIN", "1"))
 
 
 def noise(height: int = 24, width: int = 36, channels: int = 3) -> Array:

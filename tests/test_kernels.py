@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from pictures import THIN
 from PIL import Image
 
 from edgevlm import _kernels, kernels
@@ -90,8 +91,8 @@ def boxes(draw: st.DrawFn, height: int, width: int) -> tuple[float, float, float
 @pytest.mark.parametrize("resample", FILTERS)
 def test_every_small_size_equals_pillow(target: str, resample: str) -> None:
     """All pairs of 1, 3, ..., 65, in one direction along x and in the other along y."""
-    for before in range(1, 66, 2):
-        for after in range(1, 66, 2):
+    for before in range(1, 66, 2 * THIN):
+        for after in range(1, 66, 2 * THIN):
             image_HWC = random_image(before, after, (1, 3, 4)[(before + after) // 2 % 3], seed=before + after // 2)
             found = kernels.resize(image_HWC, after, before, resample, target=target)
             assert_equal(found, pillow_resize(image_HWC, after, before, resample))
@@ -100,7 +101,7 @@ def test_every_small_size_equals_pillow(target: str, resample: str) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_two_thousand_random_cases_equal_pillow(target: str) -> None:
     rng = np.random.default_rng(7)
-    for case in range(2000):
+    for case in range(2000 // THIN):
         before, after = rng.integers(1, [4, 40, 300][case % 3], (2, 2), endpoint=True)
         image_HWC = random_image(*before, (1, 3, 4)[case % 7 % 3], seed=case)
         resample = list(FILTERS)[case % 5]
@@ -112,7 +113,7 @@ def test_two_thousand_random_cases_equal_pillow(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150 // THIN, deadline=None)
 @given(image, side, side, st.sampled_from(sorted(FILTERS)), st.data())
 def test_resize_equals_pillow(
     target: str, shape: Any, height: int, width: int, resample: str, data: st.DataObject
@@ -204,7 +205,7 @@ def test_hex_pictures(target: str, resample: str, before: str, source: Any, resu
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150 // THIN, deadline=None)
 @given(image, side, side, st.sampled_from(sorted(FILTERS)), st.data())
 def test_window_is_a_slice(
     target: str, shape: Any, height: int, width: int, resample: str, data: st.DataObject
@@ -263,7 +264,7 @@ def intervals(draw: st.DrawFn, size: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200 // THIN, deadline=None)
 @given(image, side, side, st.sampled_from(sorted(FILTERS)), st.data())
 def test_tiles_equal_the_steps_one_by_one(
     target: str, shape: Any, height: int, width: int, resample: str, data: st.DataObject

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from pictures import THIN
 from PIL import Image
 
 from edgevlm import _kernels, frames, kernels
@@ -190,7 +191,7 @@ def test_widths_around_the_lanes(target: str, layout: str, width: int) -> None:
 
 @each_target
 @each_layout
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60 // THIN, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 200), st.none() | st.integers(0, 70))
 def test_sizes_and_strides(target: str, layout: str, height: int, width: int, padding: int | None) -> None:
     check_layout(target, layout, height, width, padding)
@@ -277,7 +278,7 @@ def test_composite_writes_only_its_output(target: str, width: int) -> None:
 
 
 @each_target
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100 // THIN, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 300), st.sampled_from([1, 3, 4]), st.integers(0, 99))
 def test_difference_is_the_mean(target: str, height: int, width: int, channels: int, seed: int) -> None:
     a_HWC, b_HWC = noise(2, height, width, channels, seed=seed)
@@ -406,7 +407,7 @@ anything = st.sampled_from(
 small = st.integers(1, 8)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100 // THIN, deadline=None)
 @given(
     st.binary(max_size=100) | anything,
     small | anything,
@@ -424,7 +425,7 @@ def test_hostile_frames(frame: Any, height: Any, width: Any, layout: Any, matrix
     assert found.shape == (height, width, 3)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100 // THIN, deadline=None)
 @given(st.lists(st.integers(0, 5), max_size=4), st.lists(st.integers(0, 5), max_size=4), st.lists(anything, max_size=4))
 def test_hostile_pictures(a: list[int], b: list[int], background: list[Any]) -> None:
     for call in (
