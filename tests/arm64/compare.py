@@ -38,7 +38,7 @@ N_PANELS = 20
 #: Neither trained on nor used by another test.
 FIRST_SEED = 810_000_000
 ASK = ("-m", "edgevlm", "ask", "What does the display read?", "--image", "examples/panel.jpg")
-KERNEL_TESTS = ("tests/test_kernels.py", "tests/test_kernels_frames.py")
+KERNEL_TESTS = ("tests/test_kernels.py", "tests/test_kernels_tiles.py", "tests/test_kernels_frames.py")
 #: Of a resize, as a share of scalar's. The aim for every target is a quarter; these are not there yet.
 MOST_INSTRUCTIONS = {"neon": 0.43, "dotprod": 0.29}
 #: Without tests/conftest.py, which names packages that the computers lack, and without this machine's cache.
