@@ -24,7 +24,8 @@ static void pack_halves(const int32_t *weights, int32_t *packed) {
 }
 
 static const struct lane_format format = {
-    .rows = ROWS, .taps = TAPS, .channel_bytes = sizeof(__m256i), .n_words = 2, .pack = pack_halves};
+    .rows = ROWS, .load_bytes = sizeof(__m128i), .taps = TAPS,
+    .channel_bytes = sizeof(__m256i), .n_words = 2, .pack = pack_halves};
 
 static size_t plan_size(const struct resize_axis *axis, int channels) {
     return lanes_plan_size(axis, channels, &format);
@@ -150,16 +151,7 @@ static LANES_INLINE void output(const struct lane_plan *plan, size_t i, uint8_t 
 
 static void rows(const uint8_t *const *src_rows, uint8_t *const *dst_rows, size_t n_rows, int channels,
                  const struct resize_axis *axis, void *plan) {
-    for (size_t r = 0; r < n_rows; r += ROWS) {
-        const uint8_t *const *src = src_rows + r;
-        uint8_t *const *dst = dst_rows + r;
-        size_t n = n_rows - r;
-        switch (channels) {
-        case 1: lanes_batch(src, dst, n, 1, axis, plan, &format, 16, 16, arrange, output); break;
-        case 3: lanes_batch(src, dst, n, 3, axis, plan, &format, 4, 16, arrange, output); break;
-        default: lanes_batch(src, dst, n, 4, axis, plan, &format, 4, 16, arrange, output); break;
-        }
-    }
+    lanes_rows(src_rows, dst_rows, n_rows, channels, axis, plan, &format, arrange, output);
 }
 
 static const struct horizontal_ops horizontal = {.plan_size = plan_size, .plan_init = plan_init, .rows = rows};
@@ -198,19 +190,8 @@ static LANES_INLINE void columns(const uint8_t *const *src_rows, const int32_t *
 }
 
 static void vertical(const uint8_t *const *src_rows, const int32_t *weights, size_t n_taps, uint8_t *dst_row,
-                          size_t n_bytes, int32_t *scratch) {
-    enum { BLOCK = 32 };
-    if (n_bytes < BLOCK) {
-        kernels_scalar.vertical(src_rows, weights, n_taps, dst_row, n_bytes, scratch);
-        return;
-    }
-    lanes_pack(&format, weights, n_taps, 0, scratch);
-    for (size_t start = 0; start + BLOCK <= n_bytes; start += BLOCK) {
-        columns(src_rows, scratch, n_taps, dst_row, start);
-    }
-    if (n_bytes % BLOCK) { /* the last block overlaps the one before it */
-        columns(src_rows, scratch, n_taps, dst_row, n_bytes - BLOCK);
-    }
+                     size_t n_bytes, int32_t *scratch) {
+    lanes_vertical(src_rows, weights, n_taps, dst_row, n_bytes, scratch, &format, 32, columns, &kernels_scalar);
 }
 
 const struct kernel_ops kernels_avx2 = {

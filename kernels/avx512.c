@@ -32,7 +32,8 @@ static LANES_INLINE __m512i combined(const __m512i sums[DIGITS]) {
 /* ---- horizontal: lanes of 32 bits, each with four samples; 16 rows, 4 in each 128 bits ---- */
 
 static const struct lane_format format = {
-    .rows = ROWS, .taps = TAPS, .channel_bytes = sizeof(__m512i), .n_words = DIGITS, .pack = pack_digits};
+    .rows = ROWS, .load_bytes = sizeof(__m128i), .taps = TAPS,
+    .channel_bytes = sizeof(__m512i), .n_words = DIGITS, .pack = pack_digits};
 
 static size_t plan_size(const struct resize_axis *axis, int channels) {
     return lanes_plan_size(axis, channels, &format);
@@ -154,16 +155,7 @@ static LANES_INLINE void output(const struct lane_plan *plan, size_t i, uint8_t 
 
 static void rows(const uint8_t *const *src_rows, uint8_t *const *dst_rows, size_t n_rows, int channels,
                  const struct resize_axis *axis, void *plan) {
-    for (size_t r = 0; r < n_rows; r += ROWS) {
-        const uint8_t *const *src = src_rows + r;
-        uint8_t *const *dst = dst_rows + r;
-        size_t n = n_rows - r;
-        switch (channels) {
-        case 1: lanes_batch(src, dst, n, 1, axis, plan, &format, 16, 16, arrange, output); break;
-        case 3: lanes_batch(src, dst, n, 3, axis, plan, &format, 4, 16, arrange, output); break;
-        default: lanes_batch(src, dst, n, 4, axis, plan, &format, 4, 16, arrange, output); break;
-        }
-    }
+    lanes_rows(src_rows, dst_rows, n_rows, channels, axis, plan, &format, arrange, output);
 }
 
 static const struct horizontal_ops horizontal = {.plan_size = plan_size, .plan_init = plan_init, .rows = rows};
@@ -201,19 +193,8 @@ static LANES_INLINE void columns(const uint8_t *const *src_rows, const int32_t *
 }
 
 static void vertical(const uint8_t *const *src_rows, const int32_t *weights, size_t n_taps, uint8_t *dst_row,
-                            size_t n_bytes, int32_t *scratch) {
-    enum { BLOCK = 64 };
-    if (n_bytes < BLOCK) {
-        kernels_avx2.vertical(src_rows, weights, n_taps, dst_row, n_bytes, scratch);
-        return;
-    }
-    lanes_pack(&format, weights, n_taps, 0, scratch);
-    for (size_t start = 0; start + BLOCK <= n_bytes; start += BLOCK) {
-        columns(src_rows, scratch, n_taps, dst_row, start);
-    }
-    if (n_bytes % BLOCK) { /* the last block overlaps the one before it */
-        columns(src_rows, scratch, n_taps, dst_row, n_bytes - BLOCK);
-    }
+                     size_t n_bytes, int32_t *scratch) {
+    lanes_vertical(src_rows, weights, n_taps, dst_row, n_bytes, scratch, &format, 64, columns, &kernels_avx2);
 }
 
 const struct kernel_ops kernels_avx512 = {

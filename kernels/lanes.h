@@ -38,6 +38,7 @@ struct lane_plan {
 /* How a target arranges. */
 struct lane_format {
     size_t rows;          /* of a batch: their lanes fill `channels` vectors, or units of vectors */
+    size_t load_bytes;    /* that a step reads of each row, for as many fours of columns as they hold; 0: LANES_STEP columns */
     size_t taps;          /* columns of a group */
     size_t channel_bytes; /* the arranged samples of a group, for each channel */
     size_t n_words;       /* packed weights of a group */
@@ -199,6 +200,46 @@ static LANES_INLINE void lanes_batch(const uint8_t *const *src_rows, uint8_t *co
     }
     lanes_feed_until(&feed, plan, last, format, channels, step_size, arrange);
     output(plan, last, dst, channels, true);
+}
+
+/* The horizontal pass; compiled once for each number of channels. */
+static LANES_INLINE void lanes_rows(const uint8_t *const *src_rows, uint8_t *const *dst_rows, size_t n_rows,
+                                    int channels, const struct resize_axis *axis, const struct lane_plan *plan,
+                                    const struct lane_format *format, lanes_arrange *arrange, lanes_output *output) {
+    size_t load = format->load_bytes, step = load ? load / (size_t)channels / 4 * 4 : LANES_STEP;
+    load = load ? load : LANES_STEP * (size_t)channels;
+    for (size_t r = 0; r < n_rows; r += format->rows) {
+        const uint8_t *const *src = src_rows + r;
+        uint8_t *const *dst = dst_rows + r;
+        size_t n = n_rows - r;
+        switch (channels) {
+        case 1: lanes_batch(src, dst, n, 1, axis, plan, format, step, load, arrange, output); break;
+        case 3: lanes_batch(src, dst, n, 3, axis, plan, format, step, load, arrange, output); break;
+        default: lanes_batch(src, dst, n, 4, axis, plan, format, step, load, arrange, output); break;
+        }
+    }
+}
+
+/* Compute the columns from `start` on of one output row; `words` are the packed weights of its taps. */
+typedef void lanes_block(const uint8_t *const *src_rows, const int32_t *words, size_t n_taps, uint8_t *dst_row,
+                         size_t start);
+
+/* The vertical pass in blocks of columns. A row that is narrower than one goes to the slower target. */
+static LANES_INLINE void lanes_vertical(const uint8_t *const *src_rows, const int32_t *weights, size_t n_taps,
+                                        uint8_t *dst_row, size_t n_bytes, int32_t *scratch,
+                                        const struct lane_format *format, size_t block, lanes_block *columns,
+                                        const struct kernel_ops *slower) {
+    if (n_bytes < block) {
+        slower->vertical(src_rows, weights, n_taps, dst_row, n_bytes, scratch);
+        return;
+    }
+    lanes_pack(format, weights, n_taps, 0, scratch);
+    for (size_t start = 0; start + block <= n_bytes; start += block) {
+        columns(src_rows, scratch, n_taps, dst_row, start);
+    }
+    if (n_bytes % block) { /* the last block overlaps the one before it */
+        columns(src_rows, scratch, n_taps, dst_row, n_bytes - block);
+    }
 }
 
 /* One output of four rows, in 16 bytes: 4 for each row, the pixel first. The fourth byte of an RGB pixel is the next

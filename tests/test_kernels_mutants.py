@@ -48,7 +48,7 @@ if platform.machine() == "x86_64":
         Mutant("no clip", "avx2.c", "_mm256_packus_epi16(", "_mm256_packs_epi16("),
         Mutant("odd tap", "avx2.c", "t + 1 < n_taps ? t + 1 : t", "t"),
         Mutant("digit", "avx512.c", "_mm512_slli_epi32(sums[2], 16)", "_mm512_slli_epi32(sums[2], 15)"),
-        Mutant("last column", "avx512.c", "columns(src_rows, scratch, n_taps, dst_row, n_bytes - BLOCK)", ""),
+        Mutant("last column", "lanes.h", "columns(src_rows, scratch, n_taps, dst_row, n_bytes - block)", ""),
         Mutant("chroma", "frames_avx2.c", "_mm256_srai_epi32(low, 15)", "_mm256_srai_epi32(low, 14)"),
         Mutant("alpha", "frames_avx2.c", "_mm256_set1_epi16(128)", "_mm256_set1_epi16(127)"),
         Mutant("tap", "lanes.h", "g * format->taps + t - shift", "g * format->taps + t + 1 - shift"),
