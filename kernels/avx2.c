@@ -3,10 +3,13 @@
  * A weight w of up to 24 bits is hi * 2^15 + lo with lo in 0..2^15 - 1, so the sum of w * sample is
  * (sum of hi * sample) * 2^15 + sum of lo * sample: two pmaddwd, exact modulo 2^32 (32767 * 255 * 2 < 2^31).
  */
-#include "lanes.h"
+#include "kernels.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+
+#define LANES_TARGET __attribute__((target("avx2")))
+#include "lanes.h"
 
 enum { HALF_BITS = 15, ROWS = 8, TAPS = 2 };
 
@@ -149,8 +152,8 @@ static LANES_INLINE void output(const struct lane_plan *plan, size_t i, uint8_t 
     }
 }
 
-static void rows(const uint8_t *const *src_rows, uint8_t *const *dst_rows, size_t n_rows, int channels,
-                 const struct resize_axis *axis, void *plan) {
+static LANES_TARGET void rows(const uint8_t *const *src_rows, uint8_t *const *dst_rows, size_t n_rows, int channels,
+                              const struct resize_axis *axis, void *plan) {
     lanes_rows(src_rows, dst_rows, n_rows, channels, axis, plan, &format, arrange, output);
 }
 
@@ -189,8 +192,8 @@ static LANES_INLINE void columns(const uint8_t *const *src_rows, const int32_t *
     _mm256_storeu_si256((void *)(dst_row + start), bytes);
 }
 
-static void vertical(const uint8_t *const *src_rows, const int32_t *weights, size_t n_taps, uint8_t *dst_row,
-                     size_t n_bytes, int32_t *scratch) {
+static LANES_TARGET void vertical(const uint8_t *const *src_rows, const int32_t *weights, size_t n_taps,
+                                  uint8_t *dst_row, size_t n_bytes, int32_t *scratch) {
     lanes_vertical(src_rows, weights, n_taps, dst_row, n_bytes, scratch, &format, 32, columns, &kernels_scalar);
 }
 

@@ -3,10 +3,13 @@
  * A weight w is d0 + 256 * d1 + 65536 * d2 with digits of -128..127, so the sum of w * sample is
  * sum(d0 * sample) + 256 * sum(d1 * sample) + 65536 * sum(d2 * sample): three vpdpbusd, exact modulo 2^32.
  */
-#include "lanes.h"
+#include "kernels.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+
+#define LANES_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
+#include "lanes.h"
 
 enum { ROWS = RESIZE_BATCH, TAPS = 4, DIGITS = 3 };
 
@@ -153,8 +156,8 @@ static LANES_INLINE void output(const struct lane_plan *plan, size_t i, uint8_t 
     }
 }
 
-static void rows(const uint8_t *const *src_rows, uint8_t *const *dst_rows, size_t n_rows, int channels,
-                 const struct resize_axis *axis, void *plan) {
+static LANES_TARGET void rows(const uint8_t *const *src_rows, uint8_t *const *dst_rows, size_t n_rows, int channels,
+                              const struct resize_axis *axis, void *plan) {
     lanes_rows(src_rows, dst_rows, n_rows, channels, axis, plan, &format, arrange, output);
 }
 
@@ -192,8 +195,8 @@ static LANES_INLINE void columns(const uint8_t *const *src_rows, const int32_t *
     _mm512_storeu_si512(dst_row + start, _mm512_packus_epi16(low, high));
 }
 
-static void vertical(const uint8_t *const *src_rows, const int32_t *weights, size_t n_taps, uint8_t *dst_row,
-                     size_t n_bytes, int32_t *scratch) {
+static LANES_TARGET void vertical(const uint8_t *const *src_rows, const int32_t *weights, size_t n_taps,
+                                  uint8_t *dst_row, size_t n_bytes, int32_t *scratch) {
     lanes_vertical(src_rows, weights, n_taps, dst_row, n_bytes, scratch, &format, 64, columns, &kernels_avx2);
 }
 

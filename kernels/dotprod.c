@@ -7,6 +7,7 @@
 #include "kernels.h"
 
 #if defined(__aarch64__)
+#define LANES_TARGET __attribute__((target("arch=armv8.2-a+dotprod")))
 #include "lanes_neon.h"
 
 enum { ROWS = 8, UNITS = 2, TAPS = 4, DIGITS = 3, N_WORDS = DIGITS + 1 };
@@ -108,8 +109,8 @@ static LANES_INLINE void output(const struct lane_plan *plan, size_t i, uint8_t 
     }
 }
 
-static void rows(const uint8_t *const *src_rows, uint8_t *const *dst_rows, size_t n_rows, int channels,
-                 const struct resize_axis *axis, void *plan) {
+static LANES_TARGET void rows(const uint8_t *const *src_rows, uint8_t *const *dst_rows, size_t n_rows, int channels,
+                              const struct resize_axis *axis, void *plan) {
     lanes_rows(src_rows, dst_rows, n_rows, channels, axis, plan, &format, arrange, output);
 }
 
@@ -148,8 +149,8 @@ static LANES_INLINE void columns(const uint8_t *const *src_rows, const int32_t *
     vst1q_u8(dst_row + start, lanes_narrowed(low, high));
 }
 
-static void vertical(const uint8_t *const *src_rows, const int32_t *weights, size_t n_taps, uint8_t *dst_row,
-                     size_t n_bytes, int32_t *scratch) {
+static LANES_TARGET void vertical(const uint8_t *const *src_rows, const int32_t *weights, size_t n_taps,
+                                  uint8_t *dst_row, size_t n_bytes, int32_t *scratch) {
     lanes_vertical(src_rows, weights, n_taps, dst_row, n_bytes, scratch, &format, 16, columns, &kernels_scalar);
 }
 

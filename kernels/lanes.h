@@ -17,8 +17,14 @@
 
 #include <string.h>
 
+/* A file defines the instructions that it may use, as an attribute of functions: unlike an option of the compiler's,
+ * it leaves a build for several architectures at once alone. Nothing: those that every CPU of the architecture has. */
+#ifndef LANES_TARGET
+#define LANES_TARGET
+#endif
+
 /* The targets' loops are written once for any number of channels and compiled for each. */
-#define LANES_INLINE inline __attribute__((always_inline))
+#define LANES_INLINE inline __attribute__((always_inline)) LANES_TARGET
 
 enum { LANES_ALIGNMENT = 64 };
 
