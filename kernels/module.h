@@ -19,8 +19,8 @@ bool take(PyObject *object, Py_buffer *view, const char *what, const char *forma
 /* Take a uint8 picture (H, W, C) whose pixels are packed inside each row. */
 bool take_image(PyObject *object, Py_buffer *view, const char *what, bool output);
 
-/* ---- module_frames.c ---- */
+/* ---- module_resize.c, module_frames.c ---- */
 
-extern PyMethodDef frame_methods[];
+extern PyMethodDef resize_methods[], frame_methods[];
 
 #endif
