@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgevlm import _kernels
+from edgevlm._arrays import check_image, translated_errors
 from edgevlm.errors import ImageError, UsageError
-from edgevlm.kernels import check_image, translated_errors
 
 if TYPE_CHECKING:
     import numpy as np

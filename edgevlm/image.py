@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 class ImageLimits:
     """What is refused before any pixel is decoded.
 
-    2^26 pixels let the full pictures of 64-megapixel phones pass (9280 x 6944) and bound memory: Pillow needs 4 bytes
-    for each pixel, the result 3.
+    2^26 pixels let the full pictures of 64-megapixel phones pass (9280 x 6944) and bound memory: a pixel takes 4 bytes,
+    and another 4 while a picture is turned or converted.
     """
 
     encoded_bytes: int = 64 * 2**20
@@ -93,7 +93,9 @@ def load_image(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> 
         limits: What to refuse.
 
     Returns:
-        `image_HWC`: uint8 RGB, (H, W, 3), C-contiguous. It may be read-only, and an RGB array is returned as it is.
+        `image_HWC`: uint8 RGB, (H, W, 3). It may be read-only, its pixels may be four bytes apart, as Pillow's decoder
+        leaves them (`edgevlm.kernels` take them so; `numpy.ascontiguousarray` packs them), and a packed RGB array is
+        returned as it is.
 
     Raises:
         FileError: `file.not_found`, `file.not_regular` or `file.unreadable`.
@@ -147,7 +149,7 @@ def _decode(data: bytes, name: str, limits: ImageLimits) -> NDArray[np.uint8]:
     form, plugins = _sniff(data, name)
     with _decoder_errors(name, cut=_is_cut(data, form)), Image.open(BytesIO(data), formats=plugins) as image:
         _check_size(image.width, image.height, name, limits)
-        return _to_array(image)
+        return _load_in_place(image)
 
 
 def _sniff(data: bytes, name: str) -> tuple[str, tuple[str, ...]]:
@@ -259,14 +261,36 @@ def _from_array(array: NDArray[Any], limits: ImageLimits) -> NDArray[np.uint8]:
     return np.ascontiguousarray(np.broadcast_to(image_HWC, (height, width, 3)))
 
 
+def _load_in_place(image: Image) -> NDArray[np.uint8]:
+    """A PIL image that is not loaded yet, as upright RGB; without a copy if it is RGB already.
+
+    Pillow stores RGB in four bytes for each pixel, and `numpy.asarray` packs them in as much time as decoding takes. So
+    its decoder is given an array of ours to write to.
+    """
+    import numpy as np
+    from PIL import Image as pil
+
+    map_buffer = getattr(getattr(pil, "core", None), "map_buffer", None)  # not a public name: it may go away
+    if image.mode != "RGB" or map_buffer is None:
+        return _to_array(image)
+    # Zeros, as Pillow's own memory: a decoder may leave pixels out.
+    rgbx_HWC = np.zeros((image.height, image.width, 4), dtype=np.uint8)
+    image.im = mapped = map_buffer(rgbx_HWC, image.size, "raw", 0, ("RGB", 0, 1))
+    image.load()
+    if image.im is not mapped or image.has_transparency_data:  # a plugin of its own mind; a transparent colour
+        return _to_array(image)
+    return _upright(rgbx_HWC, _orientation(image))[:, :, :3]
+
+
 def _to_array(image: Image) -> NDArray[np.uint8]:
-    """A PIL image as upright RGB. Loads its pixels if that has not happened."""
+    """A PIL image of any mode as upright RGB. Loads its pixels if that has not happened."""
     import numpy as np
 
     image.load()
-    turned = _upright(_to_rgb_or_rgba(image), _orientation(image))
-    pixels_HWC = np.asarray(turned)
-    return frames.composite(pixels_HWC) if turned.mode == "RGBA" else pixels_HWC
+    converted = _to_rgb_or_rgba(image)
+    four = converted if converted.mode == "RGBA" else converted.convert("RGBX")  # which numpy takes as it is
+    upright_HWC = _upright(np.asarray(four), _orientation(image))
+    return frames.composite(upright_HWC) if four.mode == "RGBA" else upright_HWC[:, :, :3]
 
 
 def _to_rgb_or_rgba(image: Image) -> Image:
@@ -301,17 +325,28 @@ def _orientation(image: Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _upright(image: Image, orientation: int) -> Image:
-    """Undo how the camera was held (EXIF 2.32, tag 0x0112)."""
-    from PIL.Image import Transpose
+def _upright(pixels_HWC: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    """Undo how the camera was held (EXIF 2.32, tag 0x0112), for pixels of four bytes.
 
-    undo = {
-        2: Transpose.FLIP_LEFT_RIGHT,
-        3: Transpose.ROTATE_180,
-        4: Transpose.FLIP_TOP_BOTTOM,
-        5: Transpose.TRANSPOSE,
-        6: Transpose.ROTATE_270,
-        7: Transpose.TRANSVERSE,
-        8: Transpose.ROTATE_90,
-    }.get(orientation)
-    return image if undo is None else image.transpose(undo)
+    Block by block: rows become columns inside the cache, a third of the time that Pillow or a plain copy takes.
+    """
+    import numpy as np
+
+    if orientation == 1:
+        return pixels_HWC
+    whole_HW = pixels_HWC.view(np.uint32)[:, :, 0]
+    turned_HW = {
+        2: whole_HW[:, ::-1],
+        3: whole_HW[::-1, ::-1],
+        4: whole_HW[::-1],
+        5: whole_HW.T,
+        6: whole_HW[::-1].T,
+        7: whole_HW[::-1, ::-1].T,
+        8: whole_HW[:, ::-1].T,
+    }[orientation]
+    upright_HW = np.empty(turned_HW.shape, dtype=np.uint32)
+    height, width = turned_HW.shape
+    for y in range(0, height, 64):
+        for x in range(0, width, 64):
+            upright_HW[y : y + 64, x : x + 64] = turned_HW[y : y + 64, x : x + 64]
+    return upright_HW[:, :, None].view(np.uint8)

@@ -12,12 +12,12 @@ call, so that tests can compare targets. The kernels for frames of a camera are 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from edgevlm import _kernels
-from edgevlm.errors import ImageError, KernelError, UsageError
+from edgevlm._arrays import check_image, translated_errors
+from edgevlm.errors import UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,7 +68,8 @@ def resize(
     multiplies by its alpha first.
 
     Args:
-        image_HWC: uint8, (H, W) or (H, W, C) with C = 1, 3 or 4; any strides. Sides up to 2^24.
+        image_HWC: uint8, (H, W) or (H, W, C) with C = 1, 3 or 4; any strides. Sides up to 2^24. It is copied first,
+            unless the pixels of a row are packed, or RGB with one byte between them.
         height: Rows of the output, at least 1.
         width: Columns of the output, at least 1.
         resample: "box", "bilinear", "hamming", "bicubic" or "lanczos".
@@ -94,7 +95,7 @@ def resize(
     """
     import numpy as np
 
-    source_HWC = check_image(image_HWC)
+    source_HWC = check_image(image_HWC, spaced=True)
     n_rows, n_columns, channels = source_HWC.shape
     size, box_ltrb, (top, left, rows, columns) = _check_geometry(height, width, box, window, (n_rows, n_columns))
     n_bands = _check_threads(threads, rows)
@@ -170,7 +171,7 @@ def resize_tiles(
     """
     import numpy as np
 
-    source_HWC = check_image(image_HWC)
+    source_HWC = check_image(image_HWC, spaced=True)
     n_rows, n_columns, channels = source_HWC.shape
     border_tlhw = _whole_numbers("border", border, (0, 0, n_rows, n_columns))
     size, box_ltrb, window_tlhw = _check_geometry(height, width, box, window, border_tlhw[2:])
@@ -293,46 +294,3 @@ def _check_threads(threads: int, rows: int) -> int:
     if wanted < 1:
         raise UsageError(f"threads {threads}: at least 1 is needed")
     return min(wanted, rows, _MOST_THREADS)
-
-
-def check_image(image_HWC: Any) -> NDArray[np.uint8]:
-    """A (H, W, C) view of a picture whose pixels are packed inside each row; a copy only if they are not.
-
-    Raises:
-        ImageError: `image.array`.
-    """
-    import numpy as np
-
-    if not isinstance(image_HWC, np.ndarray):
-        raise ImageError(
-            f"a uint8 array (H, W) or (H, W, C) is needed, found {type(image_HWC).__name__}", code="image.array"
-        )
-    if image_HWC.dtype != np.uint8:
-        raise ImageError(
-            f"a uint8 array is needed, found {image_HWC.dtype}; convert it, for example with "
-            "`.round().clip(0, 255).astype('uint8')`",
-            code="image.array",
-        )
-    view_HWC = image_HWC[:, :, None] if image_HWC.ndim == 2 else image_HWC
-    if view_HWC.ndim != 3 or view_HWC.shape[2] not in (1, 3, 4) or 0 in view_HWC.shape:
-        raise ImageError(
-            f"an array (H, W) or (H, W, C) with C = 1, 3 or 4 is needed, found the shape {image_HWC.shape}",
-            code="image.array",
-        )
-    _, width, channels = view_HWC.shape
-    row, pixel, sample = view_HWC.strides
-    packed = sample == 1 and pixel == channels and row >= width * channels
-    return view_HWC if packed else np.ascontiguousarray(view_HWC)
-
-
-@contextmanager
-def translated_errors() -> Iterator[None]:
-    """The C side's exceptions as ours; the sentences are the same."""
-    try:
-        yield
-    except _kernels.UnknownTarget as error:
-        raise KernelError(str(error), code="kernels.unknown_target") from error
-    except _kernels.UnsupportedTarget as error:
-        raise KernelError(str(error), code="kernels.unsupported_target") from error
-    except (ValueError, OverflowError) as error:
-        raise UsageError(str(error)) from error

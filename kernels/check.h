@@ -9,7 +9,7 @@ enum sink_kind { PACKED, TILES_U8, TILES_F32 };
 /* One resize: its arguments, and a picture in a block of its exact size. Zeros mean: no border, no canvas, no gaps. */
 struct trial {
     enum resize_filter filter;
-    int channels;
+    int channels, pixel_bytes;
     int32_t n_in[2], n_out[2], origin[2], n_window[2]; /* [0]: along x, [1]: along y; n_in with the border */
     float box[2][2];
     int32_t border[2][2]; /* pixels before and after the picture */
@@ -28,7 +28,7 @@ static inline size_t picture_side(const struct trial *t, int axis) {
 }
 
 static inline size_t src_stride(const struct trial *t) {
-    return picture_side(t, 0) * (size_t)t->channels + t->src_gap;
+    return picture_side(t, 0) * (size_t)t->pixel_bytes + t->src_gap;
 }
 
 static inline size_t dst_stride(const struct trial *t) {

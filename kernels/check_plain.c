@@ -14,7 +14,9 @@ static uint8_t *bordered_picture(const struct trial *t) {
     }
     for (size_t y = 0; y < picture_side(t, 1); y++) {
         size_t at = (y + (size_t)t->border[1][0]) * width + (size_t)t->border[0][0];
-        memcpy(picture + at * channels, t->src + y * src_stride(t), picture_side(t, 0) * channels);
+        for (size_t x = 0; x < picture_side(t, 0); x++) {
+            memcpy(picture + (at + x) * channels, t->src + y * src_stride(t) + x * (size_t)t->pixel_bytes, channels);
+        }
     }
     return picture;
 }

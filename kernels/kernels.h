@@ -80,12 +80,13 @@ struct kernel_ops {
     void (*vertical)(const uint8_t *const *src_rows, const int32_t *weights, size_t n_taps, uint8_t *dst_row,
                      size_t n_bytes, int32_t *scratch);
 
-    /* Interleaved samples into planes: dst[c * plane + i] = src[channels * i + c] for `n_pixels` pixels; */
-    void (*planes_u8)(const uint8_t *src, uint8_t *dst, size_t plane, size_t n_pixels, int channels);
+    /* Interleaved samples into planes: dst[c * plane + i] = src[pixel_bytes * i + c] for `n_pixels` pixels and the
+     * first `n_planes` of their `pixel_bytes` samples; */
+    void (*planes_u8)(const uint8_t *src, uint8_t *dst, size_t plane, size_t n_pixels, int pixel_bytes, int n_planes);
 
-    /* and the same through a table: dst[c * plane + i] = lut_C256[c * 256 + src[channels * i + c]].
+    /* and the same through a table: dst[c * plane + i] = lut_C256[c * 256 + src[pixel_bytes * i + c]].
      * A table and not a multiply-add: it reproduces any reference's order of operations, on every target. */
-    void (*planes_f32)(const uint8_t *src, float *dst, size_t plane, size_t n_pixels, int channels,
+    void (*planes_f32)(const uint8_t *src, float *dst, size_t plane, size_t n_pixels, int pixel_bytes, int n_planes,
                        const float *lut_C256);
 
     /* `n_pixels` >= 1 pixels of YUV to packed RGB; frames.h defines the numbers. May read only the samples of these
@@ -144,8 +145,9 @@ void resize_axis_free(struct resize_axis *axis);
 /* A picture, which may lie inside a larger one of a single colour that exists nowhere in memory. */
 struct resize_source {
     const uint8_t *pixels;
-    size_t stride; /* bytes from row to row */
-    int channels;  /* 1, 3 or 4 */
+    size_t stride;   /* bytes from row to row */
+    int channels;    /* 1, 3 or 4 */
+    int pixel_bytes; /* as many as channels; or 4 for 3 of them, as decoders like to store RGB: the fourth is ignored */
     int32_t height, width;
     int32_t top, left; /* its place in the larger picture, whose size is that of the axes' inputs */
     uint8_t colour[4];

@@ -55,20 +55,31 @@ bool take(PyObject *object, Py_buffer *view, const char *what, const char *forma
     return true;
 }
 
-bool take_image(PyObject *object, Py_buffer *view, const char *what, bool output) {
+/* Whether the samples of a pixel are adjacent, its pixels `pixel_bytes` apart and its rows no closer than they are long. */
+static bool is_packed(const Py_buffer *view, Py_ssize_t pixel_bytes) {
+    Py_ssize_t height = view->shape[0], width = view->shape[1], channels = view->shape[2];
+    /* Python sets no stride of an axis with one element to any particular value. */
+    return (channels == 1 || view->strides[2] == 1) && (width == 1 || view->strides[1] == pixel_bytes) &&
+           (height == 1 || view->strides[0] >= width * pixel_bytes);
+}
+
+bool take_image(PyObject *object, Py_buffer *view, const char *what, bool output, int *pixel_bytes) {
     if (!take(object, view, what, "B", 3, output)) {
         return false;
     }
     Py_ssize_t height = view->shape[0], width = view->shape[1], channels = view->shape[2];
     bool known = channels == 1 || channels == 3 || channels == 4;
     bool fits = height >= 1 && width >= 1 && height <= RESIZE_MAX_SIDE && width <= RESIZE_MAX_SIDE;
+    bool packed = is_packed(view, channels), spaced = pixel_bytes && channels == 3 && is_packed(view, 4);
     if (!known || !fits) {
         PyErr_Format(PyExc_ValueError, "%s: needs sides of 1 to %d and 1, 3 or 4 channels, found (%zd, %zd, %zd)", what,
                      (int)RESIZE_MAX_SIDE, height, width, channels);
-    } else if ((channels > 1 && view->strides[2] != 1) || (width > 1 && view->strides[1] != channels) ||
-               (height > 1 && view->strides[0] < width * channels)) {
+    } else if (!packed && !spaced) {
         PyErr_Format(PyExc_ValueError, "%s: pixels are not packed inside the rows", what);
     } else {
+        if (pixel_bytes) {
+            *pixel_bytes = packed ? (int)channels : 4;
+        }
         return true;
     }
     PyBuffer_Release(view);

@@ -16,8 +16,9 @@ bool select_target(PyObject *module, const char *name, struct kernel_ops *ops);
 /* Take a buffer of `ndim` axes of `format` ("B" or "f"). Output must be packed; input may have spaced rows. */
 bool take(PyObject *object, Py_buffer *view, const char *what, const char *format, int ndim, bool output);
 
-/* Take a uint8 picture (H, W, C) whose pixels are packed inside each row. */
-bool take_image(PyObject *object, Py_buffer *view, const char *what, bool output);
+/* Take a uint8 picture (H, W, C) whose pixels are packed inside each row. With `pixel_bytes` they may also be RGB with
+ * one byte between them; it is set to the bytes from pixel to pixel. */
+bool take_image(PyObject *object, Py_buffer *view, const char *what, bool output, int *pixel_bytes);
 
 /* ---- module_resize.c, module_frames.c ---- */
 

@@ -97,7 +97,7 @@ static PyObject *py_yuv_to_rgb(PyObject *module, PyObject *arguments) {
     if (matrix < 0 || !select_target(module, target, &ops) || !take(src_object, &src, "frame", "B", 1, false)) {
         return NULL;
     }
-    if (!take_image(dst_object, &dst, "destination", true)) {
+    if (!take_image(dst_object, &dst, "destination", true, NULL)) {
         PyBuffer_Release(&src);
         return NULL;
     }
@@ -135,10 +135,10 @@ static PyObject *py_composite(PyObject *module, PyObject *arguments) {
     Py_buffer src, dst;
     if (!PyArg_ParseTuple(arguments, "OO(bbb)z:composite", &src_object, &dst_object, &background[0], &background[1],
                           &background[2], &target) ||
-        !select_target(module, target, &ops) || !take_image(src_object, &src, "source", false)) {
+        !select_target(module, target, &ops) || !take_image(src_object, &src, "source", false, NULL)) {
         return NULL;
     }
-    if (!take_image(dst_object, &dst, "destination", true)) {
+    if (!take_image(dst_object, &dst, "destination", true, NULL)) {
         PyBuffer_Release(&src);
         return NULL;
     }
@@ -163,10 +163,10 @@ static PyObject *py_sum_abs_diff(PyObject *module, PyObject *arguments) {
     struct kernel_ops ops;
     Py_buffer a, b;
     if (!PyArg_ParseTuple(arguments, "OOz:sum_abs_diff", &a_object, &b_object, &target) ||
-        !select_target(module, target, &ops) || !take_image(a_object, &a, "first frame", false)) {
+        !select_target(module, target, &ops) || !take_image(a_object, &a, "first frame", false, NULL)) {
         return NULL;
     }
-    if (!take_image(b_object, &b, "second frame", false)) {
+    if (!take_image(b_object, &b, "second frame", false, NULL)) {
         PyBuffer_Release(&a);
         return NULL;
     }

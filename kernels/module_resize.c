@@ -16,6 +16,7 @@ struct resize_args {
     int top, left, rows, columns;         /* the window of the output that is computed */
     int border_top, border_left;          /* place of the source inside its border, */
     int bordered_height, bordered_width;  /* and the size of the two */
+    int pixel_bytes;                      /* of the source */
 };
 
 static bool parse_filter(const char *name, enum resize_filter *filter) {
@@ -68,6 +69,7 @@ static PyObject *run_resize(const struct kernel_ops *ops, const struct resize_ar
         .pixels = src->buf,
         .stride = (size_t)src->strides[0],
         .channels = (int)src->shape[2],
+        .pixel_bytes = a->pixel_bytes,
         .height = (int32_t)src->shape[0],
         .width = (int32_t)src->shape[1],
         .top = a->border_top,
@@ -105,10 +107,10 @@ static PyObject *py_resize(PyObject *module, PyObject *arguments) {
     struct kernel_ops ops;
     Py_buffer src, dst;
     if (!parse_filter(resample, &args.filter) || !select_target(module, target, &ops) ||
-        !take_image(src_object, &src, "source", false)) {
+        !take_image(src_object, &src, "source", false, &args.pixel_bytes)) {
         return NULL;
     }
-    if (!take_image(dst_object, &dst, "destination", true)) {
+    if (!take_image(dst_object, &dst, "destination", true, NULL)) {
         PyBuffer_Release(&src);
         return NULL;
     }
@@ -209,7 +211,7 @@ static PyObject *py_resize_tiles(PyObject *module, PyObject *arguments) {
     Py_buffer src, dst, lut;
     bool is_float = lut_object != Py_None;
     if (!parse_filter(resample, &a.filter) || !select_target(module, target, &ops) ||
-        !take_image(src_object, &src, "source", false)) {
+        !take_image(src_object, &src, "source", false, &a.pixel_bytes)) {
         return NULL;
     }
     if (!take(dst_object, &dst, "tiles", is_float ? "f" : "B", 4, true)) {

@@ -77,19 +77,19 @@ static void vertical(const uint8_t *const *src_rows, const int32_t *weights, siz
     }
 }
 
-static void planes_u8(const uint8_t *src, uint8_t *dst, size_t plane, size_t n_pixels, int channels) {
-    for (size_t c = 0; c < (size_t)channels; c++) {
+static void planes_u8(const uint8_t *src, uint8_t *dst, size_t plane, size_t n_pixels, int pixel_bytes, int n_planes) {
+    for (size_t c = 0; c < (size_t)n_planes; c++) {
         for (size_t i = 0; i < n_pixels; i++) {
-            dst[c * plane + i] = src[(size_t)channels * i + c];
+            dst[c * plane + i] = src[(size_t)pixel_bytes * i + c];
         }
     }
 }
 
-static void planes_f32(const uint8_t *src, float *dst, size_t plane, size_t n_pixels, int channels,
+static void planes_f32(const uint8_t *src, float *dst, size_t plane, size_t n_pixels, int pixel_bytes, int n_planes,
                        const float *lut_C256) {
-    for (size_t c = 0; c < (size_t)channels; c++) {
+    for (size_t c = 0; c < (size_t)n_planes; c++) {
         for (size_t i = 0; i < n_pixels; i++) {
-            dst[c * plane + i] = lut_C256[c * 256 + src[(size_t)channels * i + c]];
+            dst[c * plane + i] = lut_C256[c * 256 + src[(size_t)pixel_bytes * i + c]];
         }
     }
 }

@@ -141,7 +141,8 @@ class Draw:
         flips = (noise_HWC[::-1], noise_HWC[:, ::-1], noise_HWC[:, :, ::-1], noise_HWC.transpose(1, 0, 2))
         strides = ((0, channels, 1), (1, channels, 1), (width * channels, 0, 1), (0, 0, 0))
         overlaps = [as_strided(noise_HWC, noise_HWC.shape, bytes_HWC) for bytes_HWC in strides]
-        return self.pick((*flips, *overlaps, np.asfortranarray(noise_HWC)))
+        spaced_HWC = rng.integers(0, 256, (height, width, 4), np.uint8)[:, :, :channels]
+        return self.pick((*flips, *overlaps, np.asfortranarray(noise_HWC), spaced_HWC))
 
     def table(self, channels: int) -> Any:
         """For float32; None for uint8."""

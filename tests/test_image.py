@@ -58,6 +58,15 @@ def test_tiny_pictures(size: tuple[int, int]) -> None:
     assert_image(load_image(encoded(noise(*size))), noise(*size))
 
 
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_an_rgb_file_is_decoded_in_place(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(RGB, form, lossless=True)
+    found = load_image(data)
+    assert found.strides == (RGB.shape[1] * 4, 4, 1)  # as the decoder left it
+    monkeypatch.delattr("PIL.Image.core.map_buffer")  # which is not a public name
+    assert_image(load_image(data), np.ascontiguousarray(found))
+
+
 # ---- arrays ----
 
 

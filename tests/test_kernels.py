@@ -15,10 +15,12 @@ import PIL
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.lib.stride_tricks import as_strided
 from pictures import THIN
 from resampling import FILTERS, Array, assert_equal, image, pillow_resize, random_image, side
 
 from edgevlm import _kernels, kernels
+from edgevlm._arrays import check_image
 from edgevlm.errors import ImageError, KernelError, UsageError
 
 TARGETS = kernels.targets()
@@ -205,11 +207,15 @@ def layouts() -> dict[str, Array]:
     upside_down_HWC = np.ascontiguousarray(base_HWC[::-1, ::-1])
     read_only_HWC = base_HWC.copy()
     read_only_HWC.flags.writeable = False
+    spaced_bytes = np.full(20 * 24 * 4 - 1, 255, dtype=np.uint8)
+    spaced_HWC = as_strided(spaced_bytes, base_HWC.shape, (24 * 4, 4, 1))
+    spaced_HWC[:] = base_HWC
     padded_rows_HWC = np.zeros((20, 40, 3), dtype=np.uint8)
     padded_rows_HWC[:, :24] = base_HWC
     return {
         "contiguous": base_HWC,
         "slice of RGBA": wide_HWC[:, 3:27, :3],
+        "RGB in four bytes, to the last": spaced_HWC,
         "negative strides": upside_down_HWC[::-1, ::-1],
         "Fortran order": np.asfortranarray(base_HWC),
         "read-only": read_only_HWC,
@@ -218,14 +224,24 @@ def layouts() -> dict[str, Array]:
     }
 
 
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("layout", layouts())
-def test_memory_layout_does_not_matter(layout: str) -> None:
+def test_memory_layout_does_not_matter(layout: str, target: str) -> None:
     image_HWC, lut_C256 = layouts()[layout], np.arange(768, dtype=np.float32).reshape(3, 256)
     assert np.array_equal(image_HWC, layouts()["contiguous"])
-    assert_equal(kernels.resize(image_HWC, 9, 11), pillow_resize(image_HWC, 9, 11, "bicubic"))
+    for height, width in ((9, 11), (20, 11), (9, 24), (20, 24), (3, 30), (1, 1)):
+        expected_HWC = pillow_resize(image_HWC, height, width, "bicubic")
+        assert_equal(kernels.resize(image_HWC, height, width, target=target), expected_HWC)
     expected_CHW = np.ascontiguousarray(image_HWC.transpose(2, 0, 1).astype(np.float32))
     expected_CHW += np.array([0, 256, 512], dtype=np.float32)[:, None, None]
-    assert_equal(kernels.resize_tiles(image_HWC, 20, 24, lut_C256=lut_C256)[0], expected_CHW)
+    assert_equal(kernels.resize_tiles(image_HWC, 20, 24, lut_C256=lut_C256, target=target)[0], expected_CHW)
+
+
+def test_rgb_in_four_bytes_is_not_copied() -> None:
+    rgbx_HWC = np.zeros((20, 24, 4), dtype=np.uint8)
+    assert check_image(rgbx_HWC[:, :, :3], spaced=True).base is rgbx_HWC
+    assert check_image(rgbx_HWC[:, :, :3]).base is None
+    assert check_image(rgbx_HWC[:, ::2, :3], spaced=True).base is None
 
 
 def test_grey_keeps_two_axes() -> None:
