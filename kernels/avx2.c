@@ -197,11 +197,51 @@ static LANES_TARGET void vertical(const uint8_t *const *src_rows, const int32_t 
     lanes_vertical(src_rows, weights, n_taps, dst_row, n_bytes, scratch, &format, 32, columns, &kernels_scalar);
 }
 
+/* ---- planes: 16 pixels at a time ---- */
+
+/* Sample c of each of `n_pixels` >= 16 pixels. A shuffle leaves zeros where the highest bit of its index is set: the
+ * saturated sum sets it for bytes before and behind the vector. */
+static LANES_INLINE void plane(const uint8_t *src, uint8_t *dst, size_t n_pixels, int pixel_bytes, int c) {
+    __m128i indices[4];
+    for (int v = 0; v < pixel_bytes; v++) {
+        int8_t bytes[16];
+        for (int i = 0; i < 16; i++) {
+            bytes[i] = (int8_t)(pixel_bytes * i + c - 16 * v);
+        }
+        indices[v] = _mm_adds_epu8(_mm_loadu_si128((const void *)bytes), _mm_set1_epi8(0x70));
+    }
+    for (size_t start = 0; start < n_pixels; start += 16) {
+        size_t i = start + 16 <= n_pixels ? start : n_pixels - 16; /* the last ones overlap those before */
+        const __m128i *vectors = (const __m128i *)(const void *)(src + i * (size_t)pixel_bytes);
+        __m128i samples = _mm_setzero_si128();
+        for (int v = 0; v < pixel_bytes; v++) {
+            samples = _mm_or_si128(samples, _mm_shuffle_epi8(_mm_loadu_si128(vectors + v), indices[v]));
+        }
+        _mm_storeu_si128((void *)(dst + i), samples);
+    }
+}
+
+static LANES_TARGET void planes_u8(const uint8_t *src, uint8_t *dst, size_t plane_size, size_t n_pixels,
+                                   int pixel_bytes, int n_planes) {
+    if (n_pixels < 16 || pixel_bytes == 1) {
+        kernels_scalar.planes_u8(src, dst, plane_size, n_pixels, pixel_bytes, n_planes);
+        return;
+    }
+    for (int c = 0; c < n_planes; c++) {
+        if (pixel_bytes == 3) {
+            plane(src, dst + (size_t)c * plane_size, n_pixels, 3, c);
+        } else {
+            plane(src, dst + (size_t)c * plane_size, n_pixels, 4, c);
+        }
+    }
+}
+
 const struct kernel_ops kernels_avx2 = {
     .name = "avx2",
     .needs = CPU_AVX2,
     .horizontal = &horizontal,
     .vertical = vertical,
+    .planes_u8 = planes_u8,
     .yuv_row = avx2_yuv_row,
     .composite_row = avx2_composite_row,
     .sum_abs_diff = avx2_sum_abs_diff,

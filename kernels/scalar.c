@@ -77,19 +77,38 @@ static void vertical(const uint8_t *const *src_rows, const int32_t *weights, siz
     }
 }
 
+/* One plane; the compiler makes one copy for each constant `pixel_bytes`. */
+static inline void plane_u8(const uint8_t *src, uint8_t *dst, size_t n_pixels, size_t pixel_bytes) {
+    for (size_t i = 0; i < n_pixels; i++) {
+        dst[i] = src[pixel_bytes * i];
+    }
+}
+
 static void planes_u8(const uint8_t *src, uint8_t *dst, size_t plane, size_t n_pixels, int pixel_bytes, int n_planes) {
     for (size_t c = 0; c < (size_t)n_planes; c++) {
-        for (size_t i = 0; i < n_pixels; i++) {
-            dst[c * plane + i] = src[(size_t)pixel_bytes * i + c];
+        switch (pixel_bytes) {
+        case 1: plane_u8(src + c, dst + c * plane, n_pixels, 1); break;
+        case 3: plane_u8(src + c, dst + c * plane, n_pixels, 3); break;
+        default: plane_u8(src + c, dst + c * plane, n_pixels, 4); break;
         }
+    }
+}
+
+static inline void plane_f32(const uint8_t *src, float *dst, size_t n_pixels, size_t pixel_bytes,
+                             const float *lut_256) {
+    for (size_t i = 0; i < n_pixels; i++) {
+        dst[i] = lut_256[src[pixel_bytes * i]];
     }
 }
 
 static void planes_f32(const uint8_t *src, float *dst, size_t plane, size_t n_pixels, int pixel_bytes, int n_planes,
                        const float *lut_C256) {
     for (size_t c = 0; c < (size_t)n_planes; c++) {
-        for (size_t i = 0; i < n_pixels; i++) {
-            dst[c * plane + i] = lut_C256[c * 256 + src[(size_t)pixel_bytes * i + c]];
+        const float *lut_256 = lut_C256 + c * 256;
+        switch (pixel_bytes) {
+        case 1: plane_f32(src + c, dst + c * plane, n_pixels, 1, lut_256); break;
+        case 3: plane_f32(src + c, dst + c * plane, n_pixels, 3, lut_256); break;
+        default: plane_f32(src + c, dst + c * plane, n_pixels, 4, lut_256); break;
         }
     }
 }
