@@ -12,7 +12,7 @@ call, so that tests can compare targets. The kernels for frames of a camera are 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edgevlm import _kernels
@@ -100,20 +100,13 @@ def resize(
     size, box_ltrb, (top, left, rows, columns) = _check_geometry(height, width, box, window, (n_rows, n_columns))
     n_bands = _check_threads(threads, rows)
 
-    def run(band: slice) -> None:
-        corner = (top + band.start, left)
-        _kernels.resize(source_HWC, out_HWC[band], str(resample), size, box_ltrb, corner, target)
+    def run(start: int, stop: int) -> None:
+        corner = (top + start, left)
+        _kernels.resize(source_HWC, out_HWC[start:stop], str(resample), size, box_ltrb, corner, target)
 
     with translated_errors():
         out_HWC = np.empty((rows, columns, channels), dtype=np.uint8)
-        bands = [slice(rows * i // n_bands, rows * (i + 1) // n_bands) for i in range(n_bands)]
-        if n_bands == 1:
-            run(bands[0])
-        else:
-            from concurrent.futures import ThreadPoolExecutor  # a quarter of what importing this module would cost
-
-            with ThreadPoolExecutor(n_bands) as pool:
-                list(pool.map(run, bands))
+        _in_bands(run, rows, n_bands)
     return out_HWC if image_HWC.ndim == 3 else out_HWC[:, :, 0]
 
 
@@ -133,6 +126,7 @@ def resize_tiles(
     canvas_colour: Sequence[int] | None = None,
     lut_C256: NDArray[np.float32] | None = None,
     out_TCHW: NDArray[Any] | None = None,
+    threads: int = 1,
 ) -> NDArray[Any]:
     """Resample a picture straight into an encoder's input, in one pass over its pixels.
 
@@ -153,6 +147,7 @@ def resize_tiles(
         lut_C256: float32 (C, 256): each sample is replaced by its entry; default: samples stay uint8.
         out_TCHW: Where the result goes, C-contiguous and writable, not overlapping the picture: a slice of a batch,
             say; default: a new array.
+        threads: As for `resize`.
 
     Returns:
         `out_TCHW`: (T, C, tile height, tile width), float32 with a table and uint8 without one.
@@ -183,13 +178,36 @@ def resize_tiles(
     ]
     if min(tile_hw) < 1 or canvas_hwtl[0] % tile_hw[0] or canvas_hwtl[1] % tile_hw[1]:
         raise UsageError(f"tiles of {tile_hw} do not divide the canvas of {canvas_hwtl[:2]} (height, width)")
+    top, left, rows, columns = window_tlhw
+    n_bands = _check_threads(threads, rows)
     n_tiles = canvas_hwtl[0] // tile_hw[0] * (canvas_hwtl[1] // tile_hw[1])
     table = None if lut_C256 is None else _check_table(lut_C256, channels)
     out = _tiles_output(out_TCHW, (n_tiles, channels, *tile_hw), np.uint8 if table is None else np.float32)
-    where = (size, box_ltrb, window_tlhw, border_tlhw, colours[0], canvas_hwtl, colours[1])
-    with translated_errors():
+
+    def run(start: int, stop: int) -> None:
+        canvas_height, canvas_width, canvas_top, canvas_left = canvas_hwtl
+        first_row = canvas_top + start if start else 0  # the outer bands store what is above and below the window
+        end_row = canvas_top + stop if stop < rows else canvas_height
+        place = (canvas_height, canvas_width, canvas_top + start, canvas_left, first_row, end_row)
+        band_tlhw = (top + start, left, stop - start, columns)
+        where = (size, box_ltrb, band_tlhw, border_tlhw, colours[0], place, colours[1])
         _kernels.resize_tiles(source_HWC, out, table, str(resample), *where, target)
+
+    with translated_errors():
+        _in_bands(run, rows, n_bands)
     return out
+
+
+def _in_bands(run: Callable[[int, int], None], rows: int, n_bands: int) -> None:
+    """Run all bands [start, stop) of `rows`, each in a thread of its own if there are several."""
+    edges = [rows * i // n_bands for i in range(n_bands + 1)]
+    if n_bands == 1:
+        run(0, rows)
+        return
+    from concurrent.futures import ThreadPoolExecutor  # a quarter of what importing this module would cost
+
+    with ThreadPoolExecutor(n_bands) as pool:
+        list(pool.map(run, edges[:-1], edges[1:]))
 
 
 def _colour(name: str, samples: Sequence[int] | None, channels: int) -> bytes:

@@ -141,7 +141,8 @@ static uint8_t *run(const struct kernel_ops *ops, const struct trial *t) {
                                .tiles_u8 = t->kind == TILES_U8 ? dst : NULL,
                                .tiles_f32 = t->kind == TILES_F32 ? (float *)(void *)dst : NULL, .lut_C256 = t->lut,
                                .height = t->canvas[1], .width = t->canvas[0], .top = t->canvas_origin[1],
-                               .left = t->canvas_origin[0], .tile_height = t->tile[1], .tile_width = t->tile[0]};
+                               .left = t->canvas_origin[0], .tile_height = t->tile[1], .tile_width = t->tile[0],
+                               .end_row = t->canvas[1]};
     memcpy(sink.colour, t->canvas_colour, sizeof sink.colour);
     if (!kernels_resize(ops, &source, &sink, &axes[0], &axes[1])) {
         need(NULL);

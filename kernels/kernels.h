@@ -166,6 +166,7 @@ struct resize_sink {
     float *tiles_f32;
     const float *lut_C256;
     size_t height, width, top, left, tile_height, tile_width;
+    size_t first_row, end_row; /* of the canvas: only these are stored; all of the picture's are among them */
     uint8_t colour[4];
 };
 

@@ -132,7 +132,7 @@ static PyObject *py_resize(PyObject *module, PyObject *arguments) {
 }
 
 /* The tiles must be a packed (T, C, H, W), make up the canvas, and the window must lie in it. */
-static bool check_tiles(const struct resize_args *a, const int canvas[4], const Py_buffer *src, const Py_buffer *dst) {
+static bool check_tiles(const struct resize_args *a, const int canvas[6], const Py_buffer *src, const Py_buffer *dst) {
     const Py_ssize_t *shape = dst->shape; /* T, C, H, W */
     bool tiled = shape[2] >= 1 && shape[3] >= 1 && canvas[0] % shape[2] == 0 && canvas[1] % shape[3] == 0 &&
                  shape[0] == (canvas[0] / shape[2]) * (canvas[1] / shape[3]);
@@ -140,6 +140,8 @@ static bool check_tiles(const struct resize_args *a, const int canvas[4], const 
     if (!fits || !inside(canvas[2], a->rows, canvas[0]) || !inside(canvas[3], a->columns, canvas[1])) {
         PyErr_Format(PyExc_ValueError, "%d x %d pixels at (%d, %d) are not inside the canvas of %d x %d", a->rows,
                      a->columns, canvas[2], canvas[3], canvas[0], canvas[1]);
+    } else if (canvas[4] < 0 || canvas[4] > canvas[2] || canvas[5] < canvas[2] + a->rows || canvas[5] > canvas[0]) {
+        PyErr_Format(PyExc_ValueError, "the rows %d to %d of the canvas do not hold the window", canvas[4], canvas[5]);
     } else if (!tiled || shape[1] != src->shape[2]) {
         PyErr_Format(PyExc_ValueError, "tiles (%zd, %zd, %zd, %zd) do not make up the canvas of %d x %d and %zd channels",
                      shape[0], shape[1], shape[2], shape[3], canvas[0], canvas[1], src->shape[2]);
@@ -155,7 +157,7 @@ struct colours {
 };
 
 /* resize_tiles() once all of its buffers are taken; `lut` is NULL for uint8. */
-static PyObject *tiles_of_views(const struct kernel_ops *ops, const struct resize_args *args, const int canvas[4],
+static PyObject *tiles_of_views(const struct kernel_ops *ops, const struct resize_args *args, const int canvas[6],
                                 const Py_buffer *src, const Py_buffer *dst, const Py_buffer *lut,
                                 const struct colours *colours) {
     if (colours->n_border != src->shape[2] || colours->n_canvas != src->shape[2]) {
@@ -178,6 +180,8 @@ static PyObject *tiles_of_views(const struct kernel_ops *ops, const struct resiz
         .width = (size_t)canvas[1],
         .top = (size_t)canvas[2],
         .left = (size_t)canvas[3],
+        .first_row = (size_t)canvas[4],
+        .end_row = (size_t)canvas[5],
         .tile_height = (size_t)dst->shape[2],
         .tile_width = (size_t)dst->shape[3],
     };
@@ -188,21 +192,21 @@ static PyObject *tiles_of_views(const struct kernel_ops *ops, const struct resiz
 PyDoc_STRVAR(resize_tiles_doc,
              "resize_tiles(src_HWC, dst_TCHW, lut_C256, resample, (height, width), (left, top, right, bottom), "
              "(window_top, window_left, rows, columns), (border_top, border_left, height, width), border_colour, "
-             "(canvas_height, canvas_width, top, left), canvas_colour, target)\n--\n\n"
+             "(canvas_height, canvas_width, top, left, first_row, end_row), canvas_colour, target)\n--\n\n"
              "Resample src_HWC in its border to height x width, put the window on the canvas, and store that as tiles: "
-             "float32 through lut_C256, or uint8 if that is None.");
+             "float32 through lut_C256, or uint8 if that is None. Of the canvas, the rows [first_row, end_row) are stored.");
 
 static PyObject *py_resize_tiles(PyObject *module, PyObject *arguments) {
     PyObject *src_object, *dst_object, *lut_object;
     const char *resample, *target, *border, *canvas_colour;
     struct colours colours;
     struct resize_args a = {0};
-    int canvas[4]; /* height, width, top, left */
-    if (!PyArg_ParseTuple(arguments, "OOOs(ii)(ffff)(iiii)(iiii)y#(iiii)y#z:resize_tiles", &src_object, &dst_object,
+    int canvas[6]; /* height, width, top, left, first row, end row */
+    if (!PyArg_ParseTuple(arguments, "OOOs(ii)(ffff)(iiii)(iiii)y#(iiiiii)y#z:resize_tiles", &src_object, &dst_object,
                           &lut_object, &resample, &a.height, &a.width, &a.x0, &a.y0, &a.x1, &a.y1, &a.top, &a.left,
                           &a.rows, &a.columns, &a.border_top, &a.border_left, &a.bordered_height, &a.bordered_width,
-                          &border, &colours.n_border, &canvas[0], &canvas[1], &canvas[2], &canvas[3], &canvas_colour,
-                          &colours.n_canvas, &target)) {
+                          &border, &colours.n_border, &canvas[0], &canvas[1], &canvas[2], &canvas[3], &canvas[4],
+                          &canvas[5], &canvas_colour, &colours.n_canvas, &target)) {
         return NULL;
     }
     colours.border = (const uint8_t *)border;

@@ -86,10 +86,14 @@ static bool drops_samples(const struct job *job) {
     return job->samples != (size_t)job->source->channels;
 }
 
+static uint8_t *canvas_row(const struct job *job, size_t slot) {
+    return job->canvas_rows + slot * job->canvas_bytes;
+}
+
 /* Where output row `y` is to be put; `slot` counts the rows that have not been delivered. */
 static uint8_t *output_row(const struct job *job, size_t y, size_t slot) {
     if (is_tiled(job) || drops_samples(job)) {
-        return job->canvas_rows + slot * job->canvas_bytes + job->sink->left * job->samples;
+        return canvas_row(job, slot) + job->sink->left * job->samples;
     }
     return job->sink->pixels + y * job->sink->stride;
 }
@@ -124,11 +128,10 @@ static void deliver_packed_row(const struct job *job, const uint8_t *row, uint8_
 /* Output rows [start, start + n) are complete; they stand in the slots 0 to n - 1. */
 static void deliver(const struct job *job, size_t start, size_t n) {
     for (size_t r = 0; r < n; r++) {
-        const uint8_t *row = job->canvas_rows + r * job->canvas_bytes;
         if (is_tiled(job)) {
-            deliver_canvas_row(job, row, job->sink->top + start + r);
+            deliver_canvas_row(job, canvas_row(job, r), job->sink->top + start + r);
         } else if (drops_samples(job)) {
-            deliver_packed_row(job, row, job->sink->pixels + (start + r) * job->sink->stride);
+            deliver_packed_row(job, canvas_row(job, r), job->sink->pixels + (start + r) * job->sink->stride);
         }
     }
 }
@@ -137,11 +140,11 @@ static void deliver(const struct job *job, size_t start, size_t n) {
 static void deliver_margins(const struct job *job) {
     const struct resize_sink *sink = job->sink;
     size_t end = sink->top + (size_t)job->y_axis->n_out;
-    if (!is_tiled(job) || (sink->top == 0 && end == sink->height)) {
+    if (!is_tiled(job) || (sink->top == sink->first_row && end == sink->end_row)) {
         return;
     }
     fill_colour(job->canvas_rows, sink->colour, job->samples, sink->width);
-    for (size_t y = 0; y < sink->height; y++) {
+    for (size_t y = sink->first_row; y < sink->end_row; y++) {
         if (y < sink->top || y >= end) {
             deliver_canvas_row(job, job->canvas_rows, y);
         }

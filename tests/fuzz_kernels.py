@@ -263,7 +263,7 @@ def fuzz_tiles(draw: Draw) -> None:
             window,
             border,
             octets[0],
-            canvas,
+            (*canvas, draw.number(0), draw.number(n_down * tile[0])) if isinstance(canvas, tuple) else canvas,
             octets[1],
         ]
         check_function(draw, _kernels.resize_tiles, arguments, out)

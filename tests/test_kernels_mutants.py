@@ -35,10 +35,13 @@ CHECKED = [
     Mutant("pass order", "resize.c", "lost_rows > 2 * lost_columns", "lost_rows >= 2 * lost_columns"),
     Mutant("ring too small", "resize.c", "(size_t)axis->n_taps + RESIZE_BATCH", "(size_t)axis->n_taps"),
     Mutant("border row", "resize.c", "y < (size_t)source->top", "y <= (size_t)source->top"),
-    Mutant("plane", "scalar.c", "dst[c * plane + i] = src", "dst[c * n_pixels + i] = src"),
+    Mutant("plane", "scalar.c", "dst + c * plane, n_pixels, 3)", "dst + c * n_pixels, n_pixels, 3)"),
+    Mutant("dropped sample", "resize.c", "row + i * job->samples, channels", "row + i * channels, channels"),
+    Mutant("row of a band", "resize.c", "y < sink->end_row", "y < sink->end_row - 1"),
     Mutant("CPU not asked", "dispatch.c", "if (!runs_on(targets[last], features))", "if (false)"),
 ]
 UNSEEN = [
+    Mutant("sample that is not there", "resize.c", "n_bytes - 1);", "n_bytes);"),
     Mutant("leak", "resize.c", "free(job->canvas_rows);", ""),
     Mutant("overflow", "coeffs.c", "w * (1 << RESIZE_WEIGHT_BITS)", "w * (1L << (RESIZE_WEIGHT_BITS + 10))"),
 ]
@@ -49,6 +52,7 @@ if platform.machine() == "x86_64":
         Mutant("odd tap", "avx2.c", "t + 1 < n_taps ? t + 1 : t", "t"),
         Mutant("digit", "avx512.c", "_mm512_slli_epi32(sums[2], 16)", "_mm512_slli_epi32(sums[2], 15)"),
         Mutant("last column", "lanes.h", "columns(src_rows, scratch, n_taps, dst_row, n_bytes - block)", ""),
+        Mutant("plane", "avx2.c", "_mm_set1_epi8(0x70)", "_mm_set1_epi8(0x60)"),
         Mutant("chroma", "frames_avx2.c", "_mm256_srai_epi32(low, 15)", "_mm256_srai_epi32(low, 14)"),
         Mutant("alpha", "frames_avx2.c", "_mm256_set1_epi16(128)", "_mm256_set1_epi16(127)"),
         Mutant("tap", "lanes.h", "g * format->taps + t - shift", "g * format->taps + t + 1 - shift"),

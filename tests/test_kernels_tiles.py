@@ -161,9 +161,13 @@ def test_tiles_refuse_what_does_not_fit(change: dict[str, Any]) -> None:
         {"border": (0, 0, 4, 4)},
         {"border_colour": b"12"},
         {"canvas_colour": b"1234"},
-        {"canvas": (2, 2, 0, 1)},
-        {"canvas": (2**31 - 1, 2, 0, 0)},
-        {"canvas": (0, 0, 0, 0)},
+        {"canvas": (2, 2, 0, 1, 0, 2)},
+        {"canvas": (2**31 - 1, 2, 0, 0, 0, 2)},
+        {"canvas": (0, 0, 0, 0, 0, 0)},
+        {"canvas": (2, 2, 0, 0, 1, 2)},
+        {"canvas": (2, 2, 0, 0, -1, 2)},
+        {"canvas": (2, 2, 0, 0, 0, 1)},
+        {"canvas": (2, 2, 0, 0, 0, 3)},
         {"size": (2**31, 2)},
     ],
 )
@@ -171,11 +175,23 @@ def test_the_binding_checks_tiles_again(change: dict[str, Any]) -> None:
     arguments = {
         "src": RGB, "dst": np.empty((1, 3, 2, 2), np.uint8), "lut": None, "resample": "box", "size": (2, 2),
         "box": (0.0, 0.0, 5.0, 4.0), "window": (0, 0, 2, 2), "border": (0, 0, 4, 5), "border_colour": b"123",
-        "canvas": (2, 2, 0, 0), "canvas_colour": b"123", "target": None,
+        "canvas": (2, 2, 0, 0, 0, 2), "canvas_colour": b"123", "target": None,
     }  # fmt: skip
     _kernels.resize_tiles(*arguments.values())  # type: ignore[arg-type]
     with pytest.raises((TypeError, ValueError, BufferError, OverflowError)):
         _kernels.resize_tiles(*(arguments | change).values())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("threads", [2, 3, 100])
+@pytest.mark.parametrize("lut_C256", [None, np.arange(768, dtype=np.float32).reshape(3, 256)])
+def test_threads_do_not_show_in_tiles(threads: int, lut_C256: Array | None) -> None:
+    options: dict[str, Any] = {"window": (3, 2, 40, 30), "canvas": (64, 48, 11, 7), "tile": (16, 16)}
+    options |= {"canvas_colour": (1, 2, 3), "border": (2, 5, 110, 90), "border_colour": (9, 8, 7), "lut_C256": lut_C256}
+    image_HWC = random_image(100, 80, 3)
+    expected_TCHW = kernels.resize_tiles(image_HWC, 50, 44, **options)
+    assert_equal(kernels.resize_tiles(image_HWC, 50, 44, threads=threads, **options), expected_TCHW)
+    with pytest.raises(UsageError):
+        kernels.resize_tiles(image_HWC, 50, 44, threads=0, **options)
 
 
 def test_an_unaligned_table_is_as_good_as_any() -> None:
