@@ -70,10 +70,14 @@ static const int8_t rgba_pairs[2][16] = {
 
 /* Four RGB pixels of each row, two groups of three vectors. */
 static LANES_INLINE void arrange_rgb(const uint8_t *const *rows, size_t offset, __m256i *out) {
+    __m256i pixels[4]; /* loaded before anything is stored, or the compiler has to load them again */
+    for (int k = 0; k < 4; k++) {
+        pixels[k] = load_rows(rows, k, offset);
+    }
     for (int g = 0; g < 2; g++) {
         __m256i x[4];
         for (int k = 0; k < 4; k++) {
-            x[k] = _mm256_shuffle_epi8(load_rows(rows, k, offset), both_halves(rgb_pairs[g][k]));
+            x[k] = _mm256_shuffle_epi8(pixels[k], both_halves(rgb_pairs[g][k]));
         }
         _mm256_store_si256(out++, _mm256_blend_epi32(x[0], x[1], 0x88));
         _mm256_store_si256(out++, _mm256_blend_epi32(x[1], x[2], 0xCC));
