@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgevlm import families
-from edgevlm.bundle import FORMAT, MANIFEST_NAME, Manifest, file_entry, read_manifest, write_manifest
+from edgevlm.bundle import FORMAT, MANIFEST_NAME, Manifest, Role, file_entry, read_manifest, write_manifest
 from edgevlm.converters import gguf_decoder, quant, verify
 from edgevlm.converters.checkpoint import Checkpoint, open_checkpoint, unchanged
 from edgevlm.converters.loadable import check_header, check_vocabulary
@@ -27,7 +27,7 @@ from edgevlm.converters.mapping import Mapped, Source, map_tensors
 from edgevlm.converters.onnx_vision import EncoderQuant, build_encoder
 from edgevlm.converters.provenance import general_keys, provenance
 from edgevlm.converters.quant import Recipe
-from edgevlm.converters.resolve import Resolved, resolve
+from edgevlm.converters.resolve import Resolved, ResolvedVision, resolve
 from edgevlm.converters.tokenizer import Vocabulary, read_vocabulary, token_texts
 from edgevlm.converters.weights import as_float32
 from edgevlm.errors import CheckpointError, StorageError, UsageError
@@ -96,20 +96,19 @@ def convert(
     require_free(out, _bytes_needed(model.mapped, wanted, encoder_quant))
     with commit_folder(out, may_replace=_is_bundle if overwrite else None) as building:
         tell(f"decoder to {wanted.name}")
-        decoder_cost = _convert_decoder(building, model, wanted)
-        tell(f"encoder to {encoder_quant}")
-        encoder_cost = _convert_encoder(building, model, encoder_quant)
+        files: list[tuple[str, Role]] = [(DECODER, "decoder")]
+        fidelity = {"decoder": _convert_decoder(building, model, wanted)}
+        if model.resolved.vision:
+            tell(f"encoder to {encoder_quant}")
+            fidelity["encoder"] = _convert_encoder(building, model, model.resolved.vision, encoder_quant)
+            files += [(ENCODER, "encoder"), (f"{ENCODER}.data", "encoder-data")]
         model.check_unchanged()
         manifest = Manifest(
             format=FORMAT,
             spec=model.resolved.spec,
-            files=(
-                file_entry(building / DECODER, "decoder"),
-                file_entry(building / ENCODER, "encoder"),
-                file_entry(building / f"{ENCODER}.data", "encoder-data"),
-            ),
+            files=tuple(file_entry(building / name, role) for name, role in files),
             provenance={**record, "unused_tensors": list(model.mapped.unused)},
-            fidelity={"decoder": decoder_cost, "encoder": encoder_cost},
+            fidelity=fidelity,
         )
         write_manifest(building, manifest)
         read_manifest(building)
@@ -138,7 +137,8 @@ def _read(folder: Path, name: str, known_families: tuple[Family, ...] | None) ->
     checkpoint = open_checkpoint(folder)
     family = families.find(_architectures(checkpoint), known_families)
     tokens = token_texts(checkpoint)
-    resolved = resolve(family, checkpoint.config, checkpoint.image_processor(), tokens, name=name)
+    processor = checkpoint.image_processor() if family.vision else None
+    resolved = resolve(family, checkpoint.config, processor, tokens, name=name)
     llama = resolved.llama
     ids = {"bos": llama.bos, "eos": llama.eos, "padding": llama.pad}
     vocabulary = read_vocabulary(checkpoint, rows=resolved.spec.decoder.vocab, ids=ids)
@@ -192,18 +192,17 @@ def _convert_decoder(building: Path, model: _Model, wanted: Recipe) -> dict[str,
     return verify.decoder_fidelity(final, gguf_decoder.exact_matrices(mapped), wanted)
 
 
-def _convert_encoder(building: Path, model: _Model, encoder_quant: str) -> dict[str, object]:
+def _convert_encoder(building: Path, model: _Model, vision: ResolvedVision, encoder_quant: str) -> dict[str, object]:
     """Write encoder.onnx and its data; the float32 graph is built as well when int8 has to be compared with it."""
-    resolved = model.resolved
     tower, connector = Reader(model.mapped.tower), Reader(model.mapped.connector)
-    build_encoder(building / ENCODER, resolved, tower, connector, encoder_quant)  # type: ignore[arg-type]
+    build_encoder(building / ENCODER, vision, tower, connector, encoder_quant)  # type: ignore[arg-type]
     for reader in (tower, connector):
         reader.check_all_used()
     if encoder_quant == "fp32":
         return {"against": "the checkpoint's weights", "relative_error": 0.0}
     exact = building / "exact.onnx"
-    build_encoder(exact, resolved, tower, connector, "fp32")
-    cost = verify.encoder_fidelity(building / ENCODER, exact, resolved.spec)
+    build_encoder(exact, vision, tower, connector, "fp32")
+    cost = verify.encoder_fidelity(building / ENCODER, exact, vision.image, vision.encoder)
     exact.unlink()
     exact.with_name("exact.onnx.data").unlink()
     return cost

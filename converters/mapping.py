@@ -35,7 +35,10 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Mapped:
-    """Sources by our own names, in the family's order; `head` is None when the checkpoint stores none."""
+    """Sources by our own names, in the family's order; `head` is None when the checkpoint stores none.
+
+    `tower` and `connector` are empty for a family that knows text only.
+    """
 
     tower: Mapping[str, Source]
     connector: Mapping[str, Source]
@@ -64,8 +67,11 @@ def map_tensors(family: Family, resolved: Resolved, tensors: Mapping[str, Tensor
             )
         return {name: _source(left.pop(prefix + leaf), weight, sizes) for leaf, (name, weight) in wanted.items()}
 
-    tower = take(resolved.tower, family.tower_prefixes, resolved.spec.encoder.layers)
-    connector = take(family.connector, family.connector_prefixes, 0)
+    tower: Mapping[str, Source] = {}
+    connector: Mapping[str, Source] = {}
+    if family.vision and resolved.vision:
+        tower = take(resolved.vision.tower, family.vision.tower_prefixes, resolved.vision.encoder.layers)
+        connector = take(family.vision.connector, family.vision.connector_prefixes, 0)
     decoder = take(family.decoder, family.decoder_prefixes, resolved.spec.decoder.layers)
     head = _take_head(family, resolved, left)
     unused = _unused(family, resolved, left)
@@ -126,13 +132,13 @@ def _take_head(family: Family, resolved: Resolved, left: dict[str, Tensor]) -> S
 
 def _unused(family: Family, resolved: Resolved, left: Mapping[str, Tensor]) -> tuple[str, ...]:
     """Tensors that the family declares unused, and blocks behind the selected state."""
-    idle_blocks = range(resolved.spec.encoder.layers, resolved.tower_layers)
-    idle = tuple(leaf.replace("{i}", str(i)) for leaf in resolved.tower.weights if "{i}" in leaf for i in idle_blocks)
-    parts = (
-        (family.tower_prefixes, (*resolved.tower.unused, *idle)),
-        (family.connector_prefixes, family.connector.unused),
-        (family.decoder_prefixes, family.decoder.unused),
-    )
+    parts = [(family.decoder_prefixes, family.decoder.unused)]
+    if family.vision and resolved.vision:
+        vision = resolved.vision
+        blocks = range(vision.encoder.layers, vision.tower_layers)
+        idle = tuple(leaf.replace("{i}", str(i)) for leaf in vision.tower.weights if "{i}" in leaf for i in blocks)
+        parts.append((family.vision.tower_prefixes, (*vision.tower.unused, *idle)))
+        parts.append((family.vision.connector_prefixes, family.vision.connector.unused))
     return tuple(
         sorted(
             name

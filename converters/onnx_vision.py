@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgevlm.converters.onnx_graph import Graph
-from edgevlm.converters.resolve import Resolved
+from edgevlm.converters.resolve import ResolvedVision
 from edgevlm.converters.transforms import quantize_columns
 from edgevlm.spec import Activation
 
@@ -40,7 +40,7 @@ class Build:
     """What every layer function needs: the graph, the numbers, the weights and the wanted type."""
 
     graph: Graph
-    resolved: Resolved
+    vision: ResolvedVision
     tower: Weights
     connector: Weights
     quant: EncoderQuant
@@ -71,17 +71,17 @@ class Build:
         )
 
 
-def build_encoder(path: Path, resolved: Resolved, tower: Weights, connector: Weights, quant: EncoderQuant) -> None:
+def build_encoder(path: Path, vision: ResolvedVision, tower: Weights, connector: Weights, quant: EncoderQuant) -> None:
     """Write `path` and `path` + `.data`: pixels_TCHW -> embeds_TND.
 
     Raises:
         StorageError: the disk is full or refuses.
         CheckpointError: a weight is not finite.
     """
-    spec, image = resolved.spec.encoder, resolved.spec.image
+    spec, image = vision.encoder, vision.image
     graph = Graph("encoder", path.with_name(path.name + ".data"))
     try:
-        build = Build(graph=graph, resolved=resolved, tower=tower, connector=connector, quant=quant)
+        build = Build(graph=graph, vision=vision, tower=tower, connector=connector, quant=quant)
         pixels_TCHW = graph.input("pixels_TCHW", ["T", 3, image.height_px, image.width_px])
         with graph.scope("tower"):
             states_TND = TOWERS[spec.tower](build, pixels_TCHW)
@@ -118,14 +118,14 @@ def clip(build: Build, pixels_TCHW: Any) -> Any:
     embedded = op.Add(padded, graph.weight("position.weight", position_ND))
     normed = op.LayerNormalization(
         embedded, build.vector("pre_norm.weight"), build.vector("pre_norm.bias"),
-        axis=-1, epsilon=build.resolved.spec.encoder.layer_norm_eps,
+        axis=-1, epsilon=build.vision.encoder.layer_norm_eps,
     )  # fmt: skip
     return _blocks(build, normed)
 
 
 def _patches(build: Build, pixels_TCHW: Any, *, bias: bool) -> Any:
     """Non-overlapping patches through one product: [T, 3, H, W] -> [T, patches, hidden], row-major."""
-    op, graph, spec = build.graph.op, build.graph, build.resolved.spec.encoder
+    op, graph, spec = build.graph.op, build.graph, build.vision.encoder
     patch = spec.patch_px
     biases = (build.vector("patch.bias"),) if bias else ()
     maps_TDHW = op.Conv(
@@ -137,7 +137,7 @@ def _patches(build: Build, pixels_TCHW: Any, *, bias: bool) -> Any:
 
 def _blocks(build: Build, embedded: Any) -> Any:
     """Run the blocks, close the last residual branch, and keep the selected positions."""
-    op, graph, spec = build.graph.op, build.graph, build.resolved.spec.encoder
+    op, graph, spec = build.graph.op, build.graph, build.vision.encoder
     residual, delta, delta_bias = embedded, None, None
     for i in range(spec.layers):
         with graph.scope(f"blk.{i}"):
@@ -148,7 +148,7 @@ def _blocks(build: Build, embedded: Any) -> Any:
             states, build.vector("post_norm.weight"), build.vector("post_norm.bias"),
             axis=-1, epsilon=spec.layer_norm_eps,
         )  # fmt: skip
-    if not build.resolved.cut_first:
+    if not build.vision.cut_first:
         return states
     to_the_end = _int64(graph, "cut.end", [2**31])
     return op.Slice(states, _int64(graph, "cut.start", [1]), to_the_end, _int64(graph, "cut.axis", [1]))
@@ -156,7 +156,7 @@ def _blocks(build: Build, embedded: Any) -> Any:
 
 def _block(build: Build, i: int, residual: Any, delta: Any, delta_bias: Any) -> tuple[Any, Any, Any]:
     """One block. Returns the residual stream, and the open branch with its bias, which the next norm adds."""
-    op, graph, spec = build.graph.op, build.graph, build.resolved.spec.encoder
+    op, graph, spec = build.graph.op, build.graph, build.vision.encoder
 
     def weight(leaf: str) -> NDArray[np.float32]:
         return build.tower(f"blk.{i}.{leaf}")
@@ -178,7 +178,7 @@ def _block(build: Build, i: int, residual: Any, delta: Any, delta_bias: Any) -> 
 
 def _skip_norm(build: Build, norm: str, i: int, residual: Any, delta: Any, delta_bias: Any) -> tuple[Any, Any]:
     """(norm(residual + delta + bias), residual + delta + bias); the very first norm has no branch to close."""
-    op, graph, epsilon = build.graph.op, build.graph, build.resolved.spec.encoder.layer_norm_eps
+    op, graph, epsilon = build.graph.op, build.graph, build.vision.encoder.layer_norm_eps
     gamma = graph.weight(f"{norm}.weight", build.tower(f"blk.{i}.{norm}.weight"))
     beta = graph.weight(f"{norm}.bias", build.tower(f"blk.{i}.{norm}.bias"))
     if delta is None:
@@ -204,8 +204,8 @@ def _biased_activation(graph: Graph, x: Any, name: str, bias: NDArray[np.float32
 
 def mlp(build: Build, states_TND: Any) -> Any:
     """Two linear layers with an activation between them, always float32."""
-    graph, spec = build.graph, build.resolved.spec.encoder
-    has_bias = bool(build.resolved.sizes["connector_bias"])
+    graph, spec = build.graph, build.vision.encoder
+    has_bias = build.vision.connector_bias
     zeros = np.zeros(spec.n_embd, np.float32)
     hidden = build.exact_product(states_TND, "fc1.weight", build.connector("fc1.weight").T)
     bias = build.connector("fc1.bias") if has_bias else zeros

@@ -15,8 +15,8 @@ from edgevlm import spec as specs
 from edgevlm.converters.resolve_image import resolve_image
 from edgevlm.converters.sections import LARGEST_NUMBER, Section, invalid, unsupported
 from edgevlm.errors import BundleError
-from edgevlm.families.schema import Family, Tower
-from edgevlm.spec import DecoderSpec, EncoderSpec, ModelSpec, PromptSpec
+from edgevlm.families.schema import Family, Tower, Vision
+from edgevlm.spec import DecoderSpec, EncoderSpec, ImageSpec, ModelSpec, PromptSpec
 
 _STRATEGIES = {"default": "default", "full": "full"}
 _MOST_LAYERS = 512  # llama.cpp's LLAMA_MAX_LAYERS; it aborts beyond
@@ -39,49 +39,66 @@ class LlamaSizes:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResolvedVision:
+    """The numbers of a tower and its connector.
+
+    Attributes:
+        image, encoder: What the runtime will obey.
+        tower: The tower that the checkpoint has.
+        cut_first: Whether the first position of the selected state is cut off.
+        connector_bias: Whether the connector's layers have biases.
+        tower_layers: Blocks in the checkpoint; `encoder.layers` of them run.
+        positions: Rows of the tower's position table.
+    """
+
+    image: ImageSpec
+    encoder: EncoderSpec
+    tower: Tower
+    cut_first: bool
+    connector_bias: bool
+    tower_layers: int
+    positions: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Resolved:
     """All numbers of one checkpoint.
 
     Attributes:
         spec: What the runtime will obey.
-        tower: The tower that the checkpoint has.
         llama: Sizes of the decoder.
-        cut_first: Whether the first position of the selected state is cut off.
-        tower_layers: Blocks in the checkpoint; `spec.encoder.layers` of them run.
+        vision: None if the model knows text only.
         sizes: Size names that `Weight.shape`, `.transform` and `.when` refer to.
     """
 
     spec: ModelSpec
-    tower: Tower
     llama: LlamaSizes
-    cut_first: bool
-    tower_layers: int
+    vision: ResolvedVision | None
     sizes: Mapping[str, int]
 
 
 def resolve(
-    family: Family, config: Mapping[str, Any], processor: Mapping[str, Any], tokens: Mapping[int, str], *, name: str
+    family: Family,
+    config: Mapping[str, Any],
+    processor: Mapping[str, Any] | None,
+    tokens: Mapping[int, str],
+    *,
+    name: str,
 ) -> Resolved:
     """Resolve one checkpoint.
 
     Args:
         family: Found by `edgevlm.families.find`.
         config: config.json.
-        processor: preprocessor_config.json, or the image processor's part of processor_config.json.
+        processor: preprocessor_config.json, or the image processor's part of processor_config.json; None for a family
+            that knows text only.
         tokens: Token texts by id, to name the image token.
         name: What the model shall be called.
 
     Raises:
         CheckpointError: `checkpoint.invalid` for contradictions, `checkpoint.unsupported` for what we cannot run.
     """
-    top = Section("config.json", config, family.keys, family.connector.keys)
-    vision_data, text_data = top.get(family.vision_section), top.get(family.text_section)
-    tower = _find_tower(family, vision_data)
-    if family.post_norm and all(weight.when != "post_norm" for weight in tower.weights.values()):
-        raise unsupported(f"the family {family.name} wants the last norm, which no state of {tower.model_type} has")
-    vision = Section(f"config.json: {family.vision_section}", vision_data, tower.keys)
-    _check_decoder_kind(family, text_data)
-    text = Section(f"config.json: {family.text_section}", text_data, family.decoder.keys)
+    top, text = _sections(family, config)
     decoder = DecoderSpec(
         arch="llama",
         layers=text.size("num_hidden_layers", _MOST_LAYERS),
@@ -89,27 +106,36 @@ def resolve(
         vocab=text.size("vocab_size"),
         context_length=text.size("max_position_embeddings"),
     )
-    positions = (vision.size("image_size") // vision.size("patch_size")) ** 2 + tower.class_token
-    cut_first = _strategy(family, top) == "default"
-    encoder = _resolve_encoder(family, tower, top, vision, n_tokens=positions - cut_first, n_embd=decoder.n_embd)
+    vision, image_token = None, None
+    if family.vision is not None:
+        assert processor is not None
+        vision = _resolve_vision(family, family.vision, top, processor, n_embd=decoder.n_embd)
+        image_token = _image_token(family.vision, top, tokens)
     spec = ModelSpec(
         name=name,
         family=family.name,
-        image=resolve_image(family.processors, processor, side_px=vision.size("image_size")),
-        encoder=encoder,
+        image=vision.image if vision else None,
+        encoder=vision.encoder if vision else None,
         decoder=decoder,
-        prompt=PromptSpec(image_token=_image_token(family, top, tokens)),
+        prompt=PromptSpec(image_token=image_token),
     )
     _check_ranges(spec)
     llama = _resolve_llama(top, text)
-    return Resolved(
-        spec=spec,
-        tower=tower,
-        llama=llama,
-        cut_first=cut_first,
-        tower_layers=vision.size("num_hidden_layers", _MOST_LAYERS),
-        sizes=_sizes(spec, llama, positions=positions, connector_bias=_connector_bias(top, family)),
-    )
+    sizes = _decoder_sizes(decoder, llama) | (_vision_sizes(vision) if vision else {})
+    return Resolved(spec=spec, llama=llama, vision=vision, sizes=sizes)
+
+
+def _sections(family: Family, config: Mapping[str, Any]) -> tuple[Section, Section]:
+    """config.json and its part for the decoder, which may be the same."""
+    connector = (family.vision.connector.keys,) if family.vision else ()
+    if family.text_section is None:
+        _check_decoder_kind(family, "config.json", config)
+        whole = Section("config.json", config, family.keys, *connector, family.decoder.keys)
+        return whole, whole
+    top = Section("config.json", config, family.keys, *connector)
+    text_data = top.get(family.text_section)
+    _check_decoder_kind(family, f"config.json: {family.text_section}", text_data)
+    return top, Section(f"config.json: {family.text_section}", text_data, family.decoder.keys)
 
 
 def _check_ranges(spec: ModelSpec) -> None:
@@ -120,18 +146,9 @@ def _check_ranges(spec: ModelSpec) -> None:
         raise unsupported(f"the checkpoint's numbers cannot be run: {str(error).split('; convert')[0]}") from error
 
 
-def _sizes(spec: ModelSpec, llama: LlamaSizes, *, positions: int, connector_bias: bool) -> dict[str, int]:
-    """The names in which families give shapes."""
-    encoder, decoder = spec.encoder, spec.decoder
+def _decoder_sizes(decoder: DecoderSpec, llama: LlamaSizes) -> dict[str, int]:
+    """The names in which families give a decoder's shapes."""
     return {
-        "channels": 3,
-        "hidden": encoder.hidden,
-        "intermediate": encoder.intermediate,
-        "patch": encoder.patch_px,
-        "positions": positions,
-        "features": encoder.hidden,
-        "post_norm": int(encoder.post_norm),
-        "connector_bias": int(connector_bias),
         "n_embd": decoder.n_embd,
         "n_ff": llama.n_ff,
         "vocab": decoder.vocab,
@@ -142,25 +159,59 @@ def _sizes(spec: ModelSpec, llama: LlamaSizes, *, positions: int, connector_bias
     }
 
 
-def _check_decoder_kind(family: Family, text: Any) -> None:
+def _vision_sizes(vision: ResolvedVision) -> dict[str, int]:
+    """The names in which families give a tower's and a connector's shapes."""
+    encoder = vision.encoder
+    return {
+        "channels": 3,
+        "hidden": encoder.hidden,
+        "intermediate": encoder.intermediate,
+        "patch": encoder.patch_px,
+        "positions": vision.positions,
+        "features": encoder.hidden,
+        "post_norm": int(encoder.post_norm),
+        "connector_bias": int(vision.connector_bias),
+    }
+
+
+def _check_decoder_kind(family: Family, where: str, text: Any) -> None:
     found = text.get("model_type", family.decoder.kind) if isinstance(text, dict) else family.decoder.kind
     if found != family.decoder.kind:
-        raise unsupported(
-            f"{family.text_section}.model_type is {found!r}, the family {family.name} has {family.decoder.kind!r}"
-        )
+        raise unsupported(f"{where}.model_type is {found!r}, the family {family.name} has {family.decoder.kind!r}")
 
 
-def _find_tower(family: Family, vision: Any) -> Tower:
-    found = vision.get("model_type") if isinstance(vision, dict) else None
-    for tower in family.towers:
+def _resolve_vision(
+    family: Family, declared: Vision, top: Section, processor: Mapping[str, Any], *, n_embd: int
+) -> ResolvedVision:
+    data = top.get(declared.section)
+    tower = _find_tower(family, declared, data)
+    if declared.post_norm and all(weight.when != "post_norm" for weight in tower.weights.values()):
+        raise unsupported(f"the family {family.name} wants the last norm, which no state of {tower.model_type} has")
+    section = Section(f"config.json: {declared.section}", data, tower.keys)
+    positions = (section.size("image_size") // section.size("patch_size")) ** 2 + tower.class_token
+    cut_first = _strategy(declared, top) == "default"
+    return ResolvedVision(
+        image=resolve_image(declared.processors, processor, side_px=section.size("image_size")),
+        encoder=_resolve_encoder(family, declared, tower, top, section, n_tokens=positions - cut_first, n_embd=n_embd),
+        tower=tower,
+        cut_first=cut_first,
+        connector_bias=_connector_bias(declared, top),
+        tower_layers=section.size("num_hidden_layers", _MOST_LAYERS),
+        positions=positions,
+    )
+
+
+def _find_tower(family: Family, declared: Vision, data: Any) -> Tower:
+    found = data.get("model_type") if isinstance(data, dict) else None
+    for tower in declared.towers:
         if tower.model_type == found:
             return tower
-    supported = ", ".join(tower.model_type for tower in family.towers)
-    raise unsupported(f"{family.vision_section}.model_type is {found!r}; the family {family.name} supports {supported}")
+    supported = ", ".join(tower.model_type for tower in declared.towers)
+    raise unsupported(f"{declared.section}.model_type is {found!r}; the family {family.name} supports {supported}")
 
 
 def _resolve_encoder(
-    family: Family, tower: Tower, top: Section, vision: Section, *, n_tokens: int, n_embd: int
+    family: Family, declared: Vision, tower: Tower, top: Section, vision: Section, *, n_tokens: int, n_embd: int
 ) -> EncoderSpec:
     hidden, heads = vision.size("hidden_size"), vision.size("num_attention_heads")
     if hidden % heads:
@@ -168,56 +219,56 @@ def _resolve_encoder(
     said = top.get("image_seq_length") if "image_seq_length" in family.keys.read else None
     if said is not None and (type(said), said) != (int, n_tokens):
         raise invalid(f"config.json says image_seq_length {said!r}, the tower gives {n_tokens} positions")
-    has_activation = "projector_hidden_act" in family.connector.keys.read
+    has_activation = "projector_hidden_act" in declared.connector.keys.read
     return EncoderSpec(
         tower=tower.kind,  # type: ignore[arg-type]
-        connector=family.connector.kind,  # type: ignore[arg-type]
-        layers=_selected_layers(family, top, vision.size("num_hidden_layers", _MOST_LAYERS)),
+        connector=declared.connector.kind,  # type: ignore[arg-type]
+        layers=_selected_layers(declared, top, vision.size("num_hidden_layers", _MOST_LAYERS)),
         hidden=hidden,
         heads=heads,
         intermediate=vision.size("intermediate_size"),
         patch_px=vision.size("patch_size"),
         layer_norm_eps=vision.number("layer_norm_eps"),
         activation=vision.activation("hidden_act"),
-        post_norm=family.post_norm,
+        post_norm=declared.post_norm,
         connector_activation=top.activation("projector_hidden_act") if has_activation else "gelu",
         n_tokens=n_tokens,
         n_embd=n_embd,
     )
 
 
-def _selected_layers(family: Family, top: Section, layers: int) -> int:
+def _selected_layers(declared: Vision, top: Section, layers: int) -> int:
     """How many blocks run before the selected state; state 0 is the input of the first block.
 
     In transformers 5 the last state of CLIP and SigLIP is the last block's output, without the norm that follows it
     (`capture_outputs(tie_last_hidden_states=False)`), as it was in transformers 4.
     """
-    index: Any = family.feature_layer if isinstance(family.feature_layer, int) else top.get(family.feature_layer)
+    index: Any = declared.feature_layer if isinstance(declared.feature_layer, int) else top.get(declared.feature_layer)
     if isinstance(index, list) and len(index) == 1:
         index = index[0]
     if isinstance(index, list):
-        raise unsupported(f"{family.feature_layer} joins {len(index)} states ({index}), only one state can be used")
+        raise unsupported(f"{declared.feature_layer} joins {len(index)} states ({index}), only one state can be used")
     if type(index) is not int or not -layers - 1 <= index <= layers:
-        raise invalid(f"{family.feature_layer} is {index!r}, the tower has the states 0 to {layers}")
+        raise invalid(f"{declared.feature_layer} is {index!r}, the tower has the states 0 to {layers}")
     return index if index >= 0 else layers + 1 + index
 
 
-def _strategy(family: Family, top: Section) -> str:
-    literal = family.feature_strategy in ("default", "full")
-    return family.feature_strategy if literal else top.choice(family.feature_strategy, _STRATEGIES)
+def _strategy(declared: Vision, top: Section) -> str:
+    literal = declared.feature_strategy in ("default", "full")
+    return declared.feature_strategy if literal else top.choice(declared.feature_strategy, _STRATEGIES)
 
 
-def _connector_bias(top: Section, family: Family) -> bool:
-    if "multimodal_projector_bias" not in family.connector.keys.read:
+def _connector_bias(declared: Vision, top: Section) -> bool:
+    if "multimodal_projector_bias" not in declared.connector.keys.read:
         return True
     return top.flag("multimodal_projector_bias")
 
 
-def _image_token(family: Family, top: Section, tokens: Mapping[int, str]) -> str:
-    ids = [top.token_id(key) for key in family.image_token]
+def _image_token(declared: Vision, top: Section, tokens: Mapping[int, str]) -> str:
+    ids = [top.token_id(key) for key in declared.image_token]
     found = next((index for index in ids if index is not None), None)
     if found is None:
-        raise invalid(f"config.json names no image token; it needs one of {', '.join(family.image_token)}")
+        raise invalid(f"config.json names no image token; it needs one of {', '.join(declared.image_token)}")
     if found not in tokens:
         raise invalid(f"config.json says the image token has id {found}, which the tokenizer does not have")
     return tokens[found]

@@ -18,7 +18,7 @@ from edgevlm.converters import calibration, gguf_file
 from edgevlm.converters.gguf_file import StoredTensor
 from edgevlm.converters.quant import Recipe
 from edgevlm.encoder import Encoder
-from edgevlm.spec import ModelSpec
+from edgevlm.spec import EncoderSpec, ImageSpec
 
 #: Gives each `step`-th row of a matrix when called with `step`, so that only a sample of one is in memory.
 Matrix = Callable[[int], NDArray[np.float32]]
@@ -26,14 +26,14 @@ Matrix = Callable[[int], NDArray[np.float32]]
 _SAMPLED_WEIGHTS = 1 << 20  # of each tensor, in evenly spaced rows: enough for three digits
 
 
-def encoder_fidelity(int8_path: Path, fp32_path: Path, spec: ModelSpec) -> dict[str, Any]:
+def encoder_fidelity(int8_path: Path, fp32_path: Path, image: ImageSpec, spec: EncoderSpec) -> dict[str, Any]:
     """Compare an int8 graph with the float32 graph of the same weights on the built-in pictures.
 
     Returns:
         `cosine_mean` and `cosine_min` over all tokens, `relative_error` (RMS of the difference over RMS of the
         float32 embeddings), and what they were measured on.
     """
-    tiles_TCHW = calibration.tiles(spec.image)
+    tiles_TCHW = calibration.tiles(image)
     reference_TND, found_TND = (_encode(path, spec, tiles_TCHW) for path in (fp32_path, int8_path))
     cosine_TN = cosines(reference_TND, found_TND)
     return {
@@ -45,9 +45,9 @@ def encoder_fidelity(int8_path: Path, fp32_path: Path, spec: ModelSpec) -> dict[
     }
 
 
-def _encode(path: Path, spec: ModelSpec, tiles_TCHW: NDArray[np.float32]) -> NDArray[np.float32]:
+def _encode(path: Path, spec: EncoderSpec, tiles_TCHW: NDArray[np.float32]) -> NDArray[np.float32]:
     """Each picture on its own, as the runtime does: int8 activations share one scale over all that is encoded."""
-    encoder = Encoder(path, spec.encoder, threads=1)
+    encoder = Encoder(path, spec, threads=1)
     return np.concatenate([encoder.encode(tile_CHW[None]) for tile_CHW in tiles_TCHW])
 
 

@@ -24,7 +24,6 @@ FORMAT = 1
 BUILTIN = Path(__file__).parent / "builtin"
 
 Role = Literal["decoder", "encoder", "encoder-data"]
-_ROLES_NEEDED = ("decoder", "encoder", "encoder-data")
 # Names are plain so that no manifest can point outside its folder, on any file system.
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -144,9 +143,18 @@ def _check_names(manifest: Manifest) -> None:
     if len({name.lower() for name in names}) != len(names) or len(set(roles)) != len(roles):
         raise _invalid("a file name or role appears twice")
     by_role = {entry.role: entry.name for entry in manifest.files}
-    for role in _ROLES_NEEDED:
+    spec = manifest.spec
+    sees = spec.encoder is not None
+    if sees != (spec.image is not None) or sees != (spec.prompt.image_token is not None):
+        raise _invalid("image, encoder and image_token must be there together or not at all")
+    needed: tuple[Role, ...] = ("decoder", "encoder", "encoder-data") if sees else ("decoder",)
+    for role in needed:
         if role not in by_role:
             raise _invalid(f"no file has the role {role}")
+    if len(by_role) != len(needed):
+        raise _invalid("it names an encoder but describes none")
+    if not sees:
+        return
     # The graph itself names its data file; under any other name, what was checked would not be what is read.
     if by_role["encoder-data"] != by_role["encoder"] + ".data":
         raise _invalid(f"the encoder's data must be named {by_role['encoder']}.data")

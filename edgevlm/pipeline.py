@@ -20,7 +20,7 @@ from edgevlm.image import load_image
 from edgevlm.machine import check_threads, peak_rss_bytes
 from edgevlm.options import GenerateOptions
 from edgevlm.preprocess import preprocess
-from edgevlm.spec import ModelSpec
+from edgevlm.spec import ImageSpec
 from edgevlm.splice import Plan, PlannedImage, plan, splice
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ class Model:
     def _plan(self, prompt: str, n_images: int, system: str | None) -> Plan:
         messages = prompts.user_messages(prompt, n_images, system)
         pieces = prompts.render(messages, self._format)
-        rows = self.spec.encoder.n_tokens if self.spec else 0
+        rows = self.spec.encoder.n_tokens if self.spec and self.spec.encoder else 0
         segments = plan(pieces, self._decoder.tokenize, bos=self._format.bos, rows_per_image=rows)
         if not segments:
             raise CapabilityError(
@@ -176,7 +176,7 @@ class Model:
         with timings.measure("decode_image_s"):
             image_HWC = load_image(image)
         with timings.measure("preprocess_s"):
-            return preprocess(image_HWC, spec.image)
+            return preprocess(image_HWC, spec)
 
     def _embed(self, image: ImageSource, timings: Timings) -> NDArray[np.float32]:
         _, encoder = self._vision()
@@ -185,14 +185,14 @@ class Model:
             embeds_TND = encoder.encode(tiles_TCHW)
         return embeds_TND.reshape(-1, embeds_TND.shape[-1])
 
-    def _vision(self) -> tuple[ModelSpec, Encoder]:
+    def _vision(self) -> tuple[ImageSpec, Encoder]:
         self._decoder.check_open()
-        if self.spec is None or self._encoder is None:
+        if self.spec is None or self.spec.image is None or self._encoder is None:
             raise CapabilityError(
                 f"{self.name} is a text-only model and cannot see pictures; ask without them or choose a vision model",
                 code="capability.no_vision",
             )
-        return self.spec, self._encoder
+        return self.spec.image, self._encoder
 
 
 def load(
@@ -229,7 +229,8 @@ def load(
         bundle = open_bundle(path)
         decoder = Decoder(bundle.path("decoder"), context=context, threads=threads, kv_type=kv_type)
         _check_pair(path, bundle, decoder)
-        encoder = Encoder(bundle.path("encoder"), bundle.spec.encoder, threads=threads)
+        if bundle.spec.encoder is not None:
+            encoder = Encoder(bundle.path("encoder"), bundle.spec.encoder, threads=threads)
     else:
         decoder = Decoder(path, context=context, threads=threads, kv_type=kv_type)
     loaded = Model(bundle.spec.name if bundle else path.name, decoder, bundle, encoder)
@@ -239,7 +240,8 @@ def load(
 
 def _check_pair(path: Path, bundle: Bundle, decoder: Decoder) -> None:
     """Each file may be whole and yet not belong to the other."""
-    promised = (bundle.spec.encoder.n_embd, bundle.spec.decoder.vocab)
+    spec = bundle.spec
+    promised = (spec.encoder.n_embd if spec.encoder else spec.decoder.n_embd, spec.decoder.vocab)
     if promised != (decoder.n_embd, decoder.n_vocab):
         raise BundleError(
             f"{path}: the encoder gives rows of {promised[0]} for a vocabulary of {promised[1]}, the decoder takes "

@@ -93,17 +93,17 @@ class PromptSpec:
     `image_token` is what the template prints where a picture goes; all of a picture's embeddings replace it.
     """
 
-    image_token: str
+    image_token: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """One resolved vision-language model."""
+    """One resolved model; one that knows text only has neither `image` nor `encoder` nor an image token."""
 
     name: str
     family: str
-    image: ImageSpec
-    encoder: EncoderSpec
+    image: ImageSpec | None = None
+    encoder: EncoderSpec | None = None
     decoder: DecoderSpec
     prompt: PromptSpec
 

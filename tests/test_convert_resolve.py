@@ -83,7 +83,7 @@ def test_llava_1_5_resolves_to_its_published_numbers():
 @pytest.mark.parametrize("tower", ["siglip", "clip"])
 def test_defaults_are_those_of_transformers(tower):
     """A sparse section means what the classes of Hugging Face say; 7 numbers of each are compared."""
-    declared = next(part for part in FAMILY.towers if part.kind == tower)
+    declared = next(part for part in FAMILY.vision.towers if part.kind == tower)
     classes = {"siglip": transformers.SiglipVisionConfig, "clip": transformers.CLIPVisionConfig}
     for keys, config in ((declared.keys, classes[tower]()), (FAMILY.decoder.keys, transformers.LlamaConfig())):
         for key, default in keys.read.items():
@@ -96,7 +96,7 @@ def test_defaults_are_those_of_transformers(tower):
 
 @pytest.mark.parametrize("name", ["CLIPImageProcessor", "SiglipImageProcessor", "LlavaImageProcessor"])
 def test_processor_defaults_are_those_of_transformers(name):
-    declared = next(processor for processor in FAMILY.processors if name in processor.names)
+    declared = next(processor for processor in FAMILY.vision.processors if name in processor.names)
     reference = json.loads(getattr(transformers, name)().to_json_string())
     for key, default in declared.keys.read.items():
         if key in reference:

@@ -58,10 +58,11 @@ def test_architectures_and_names_are_unique():
 
 @pytest.mark.parametrize("family", families.families(), ids=lambda family: family.name)
 def test_everything_that_a_family_names_exists(family):
-    for tower in family.towers:
+    vision = family.vision
+    for tower in vision.towers if vision else ():
         assert tower.kind in onnx_vision.TOWERS
-    assert family.connector.kind in onnx_vision.CONNECTORS
-    for part in (*family.towers, family.connector, family.decoder):
+    assert vision is None or vision.connector.kind in onnx_vision.CONNECTORS
+    for part in (*vision.towers, vision.connector, family.decoder) if vision else (family.decoder,):
         targets = [weight.to for weight in part.weights.values()]
         assert len(set(targets)) == len(targets)
         for leaf, weight in part.weights.items():
@@ -81,10 +82,9 @@ def test_a_new_family_of_known_parts_is_one_declaration(tmp_path):
     tiny.rewrite_tensors(folder, change)
     tiny.rewrite_json(folder / "config.json", lambda c: _without(c, "projector_hidden_act", "multimodal_projector_bias")
                       | {"architectures": ["TinyLinearModel"]})  # fmt: skip
-    family = dataclasses.replace(
-        families.find(["LlavaForConditionalGeneration"]), name="tiny-linear", hf_architectures=("TinyLinearModel",),
-        connector=LINEAR, connector_prefixes=("bridge.",),
-    )  # fmt: skip
+    llava = families.find(["LlavaForConditionalGeneration"])
+    vision = dataclasses.replace(llava.vision, connector=LINEAR, connector_prefixes=("bridge.",))
+    family = dataclasses.replace(llava, name="tiny-linear", hf_architectures=("TinyLinearModel",), vision=vision)
     manifest = convert(folder, tmp_path / "out", encoder_quant="fp32", known_families=(family,))
     assert (manifest.spec.family, manifest.spec.encoder.connector) == ("tiny-linear", "linear")
     assert "tiny-linear" in json.loads((tmp_path / "out" / "bundle.json").read_text())["spec"]["family"]
@@ -99,7 +99,7 @@ def test_a_new_family_of_known_parts_is_one_declaration(tmp_path):
 
 def test_the_last_norm_of_siglip_follows_where_a_family_says_so(tmp_path):
     folder, model = tiny.shared(tiny.Variant())
-    family = dataclasses.replace(families.find(["LlavaForConditionalGeneration"]), post_norm=True)
+    family = with_last_norm()
     manifest = convert(folder, tmp_path / "out", encoder_quant="fp32", known_families=(family,))
     tiles_TCHW = np.random.default_rng(0).normal(size=(1, 3, tiny.SIDE_PX, tiny.SIDE_PX)).astype(np.float32)
     with torch.no_grad():
@@ -113,9 +113,14 @@ def test_the_last_norm_of_siglip_follows_where_a_family_says_so(tmp_path):
 
 
 def test_a_last_norm_that_a_tower_does_not_have_is_refused(tmp_path):
-    family = dataclasses.replace(families.find(["LlavaForConditionalGeneration"]), post_norm=True)
+    family = with_last_norm()
     with pytest.raises(CheckpointError, match="last norm"):
         convert(tiny.shared(tiny.Variant(tower="clip"))[0], tmp_path / "out", known_families=(family,))
+
+
+def with_last_norm():
+    llava = families.find(["LlavaForConditionalGeneration"])
+    return dataclasses.replace(llava, vision=dataclasses.replace(llava.vision, post_norm=True))
 
 
 def _renamed(name: str, rename: dict[str, str]) -> str:

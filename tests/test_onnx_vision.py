@@ -103,7 +103,8 @@ def test_a_declared_weight_that_no_layer_reads_is_our_bug(tmp_path):
     """And the checkpoint's tensors are found by the declaration alone."""
     extra = {"linear_2.bias": Weight("fc2.bias", ("n_embd",)), "linear_3.bias": Weight("fc3.bias", ("n_embd",))}
     connector = dataclasses.replace(MLP, weights={**MLP.weights, **extra})
-    family = dataclasses.replace(families.find(["LlavaForConditionalGeneration"]), connector=connector)
+    llava = families.find(["LlavaForConditionalGeneration"])
+    family = dataclasses.replace(llava, vision=dataclasses.replace(llava.vision, connector=connector))
     folder = tiny.copy(SIGLIP, tmp_path / "model")
     with pytest.raises(CheckpointError, match=r"linear_3\.bias"):
         convert(folder, tmp_path / "out", known_families=(family,))

@@ -13,7 +13,7 @@ from edgevlm.families.parts import (
     SIGLIP,
     SIGLIP_PROCESSOR,
 )
-from edgevlm.families.schema import REQUIRED, Family, Keys
+from edgevlm.families.schema import REQUIRED, Family, Keys, Vision
 
 FAMILY = Family(
     name="llava",
@@ -32,22 +32,24 @@ FAMILY = Family(
         },
         ignored=(*BOOKKEEPING, "ignore_index", "vocab_size", "bos_token_id", "eos_token_id"),
     ),
-    vision_section="vision_config",
     text_section="text_config",
-    processors=(CLIP_PROCESSOR, SIGLIP_PROCESSOR, LLAVA_PROCESSOR),
-    towers=(CLIP, SIGLIP),
-    tower_prefixes=(
-        "vision_tower.vision_model.",
-        "vision_tower.",
-        "model.vision_tower.",
-        "model.vision_tower.vision_model.",
-    ),
-    connector=MLP,
-    connector_prefixes=("multi_modal_projector.", "model.multi_modal_projector."),
     decoder=LLAMA,
     decoder_prefixes=("language_model.model.", "model.language_model."),
     head_prefixes=("language_model.lm_head.", "lm_head."),
-    feature_layer="vision_feature_layer",
-    feature_strategy="vision_feature_select_strategy",
-    image_token=("image_token_index", "image_token_id"),
+    vision=Vision(
+        section="vision_config",
+        processors=(CLIP_PROCESSOR, SIGLIP_PROCESSOR, LLAVA_PROCESSOR),
+        towers=(CLIP, SIGLIP),
+        tower_prefixes=(
+            "vision_tower.vision_model.",
+            "vision_tower.",
+            "model.vision_tower.",
+            "model.vision_tower.vision_model.",
+        ),
+        connector=MLP,
+        connector_prefixes=("multi_modal_projector.", "model.multi_modal_projector."),
+        feature_layer="vision_feature_layer",
+        feature_strategy="vision_feature_select_strategy",
+        image_token=("image_token_index", "image_token_id"),
+    ),
 )

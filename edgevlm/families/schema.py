@@ -94,16 +94,14 @@ class Processor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Family:
-    """A model family: which parts it joins, and under which names.
+class Vision:
+    """What a vision-language family puts before its decoder.
 
     Attributes:
-        hf_architectures: Values of `architectures` in config.json.
-        keys: Top-level keys of config.json.
-        vision_section, text_section: Names of the parts' sections.
+        section: Name of the tower's section in config.json.
         towers, processors: The alternatives; the checkpoint says which one it has.
-        tower_prefixes, connector_prefixes, decoder_prefixes, head_prefixes: Spellings of the same component in
-            different releases of transformers; a checkpoint uses one of each.
+        tower_prefixes, connector_prefixes: Spellings of the same component in different releases of transformers; a
+            checkpoint uses one of each.
         feature_layer: The key that selects the hidden state (an index into all states, the first being the input of
             block 0, negative from the end), or a literal index.
         feature_strategy: The key that says `default` (the first position is cut off) or `full`, or such a literal.
@@ -111,20 +109,35 @@ class Family:
         image_token: Keys, in order of preference, of the id of the token that stands for a picture.
     """
 
-    name: str
-    hf_architectures: tuple[str, ...]
-    keys: Keys
-    vision_section: str
-    text_section: str
+    section: str
     processors: tuple[Processor, ...]
     towers: tuple[Tower, ...]
     tower_prefixes: tuple[str, ...]
     connector: Part
     connector_prefixes: tuple[str, ...]
-    decoder: Part
-    decoder_prefixes: tuple[str, ...]
-    head_prefixes: tuple[str, ...]
     feature_layer: str | int
     feature_strategy: str | Literal["default", "full"]
     post_norm: bool = False
     image_token: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A model family: which parts it joins, and under which names.
+
+    Attributes:
+        hf_architectures: Values of `architectures` in config.json.
+        keys: Top-level keys of config.json; with `text_section` None those that are not the decoder's.
+        text_section: Name of the decoder's section; None if its keys are config.json's own.
+        decoder_prefixes, head_prefixes: As a tower's.
+        vision: None for a family that knows text only.
+    """
+
+    name: str
+    hf_architectures: tuple[str, ...]
+    keys: Keys
+    text_section: str | None
+    decoder: Part
+    decoder_prefixes: tuple[str, ...]
+    head_prefixes: tuple[str, ...]
+    vision: Vision | None = None
