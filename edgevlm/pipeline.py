@@ -17,6 +17,7 @@ from edgevlm.encoder import Encoder
 from edgevlm.errors import BundleError, CapabilityError, FileError, UsageError
 from edgevlm.generate import Generation
 from edgevlm.image import load_image
+from edgevlm.layout import ImageLayout, image_layout
 from edgevlm.machine import check_threads, peak_rss_bytes
 from edgevlm.options import GenerateOptions
 from edgevlm.preprocess import preprocess
@@ -117,11 +118,13 @@ class Model:
 
     def preprocess(self, image: ImageSource) -> NDArray[np.float32]:
         """The tensor that the encoder would be fed: float32 [T, 3, height_px, width_px]."""
-        return self._pixels(image, Timings())
+        self._vision()
+        return self._pixels(self._picture(image, Timings()), Timings())
 
     def embed_image(self, image: ImageSource) -> NDArray[np.float32]:
         """What the decoder would be fed for a picture: float32 [n_tokens, n_embd]."""
-        return self._embed(image, Timings())
+        self._vision()
+        return self._embed(self._picture(image, Timings()), Timings())
 
     # ---- the stages
 
@@ -130,9 +133,10 @@ class Model:
     ) -> Generator[str, None, Answer]:
         timings = Timings(load_s=self.load_s)
         started = time.perf_counter()
-        # Counted before anything is encoded: a prompt that does not fit costs nothing.
-        segments = self._plan(prompt, len(images), system)
-        embeds = [self._embed(image, timings) for image in images]
+        pictures = [self._picture(image, timings) for image in images]
+        # Counted before anything is encoded: a prompt that does not fit costs next to nothing.
+        segments = self._plan(prompt, [self._layout(image_HWC) for image_HWC in pictures], system)
+        embeds = [self._embed(image_HWC, timings) for image_HWC in pictures]
         with timings.measure("prefill_s"):
             self._decoder.prefill(splice(segments, embeds))
         usage_prompt = self._decoder.n_past
@@ -157,11 +161,10 @@ class Model:
             peak_rss_bytes=peak_rss_bytes(),
         )
 
-    def _plan(self, prompt: str, n_images: int, system: str | None) -> Plan:
-        messages = prompts.user_messages(prompt, n_images, system)
+    def _plan(self, prompt: str, layouts: Sequence[ImageLayout], system: str | None) -> Plan:
+        messages = prompts.user_messages(prompt, len(layouts), system)
         pieces = prompts.render(messages, self._format)
-        rows = self.spec.encoder.n_tokens if self.spec and self.spec.encoder else 0
-        segments = plan(pieces, self._decoder.tokenize, bos=self._format.bos, rows_per_image=rows)
+        segments = plan(pieces, self._decoder.tokenize, bos=self._format.bos, layouts=layouts)
         if not segments:
             raise CapabilityError(
                 f"the chat template of {self.name} makes nothing of this prompt", code="capability.no_template"
@@ -171,16 +174,22 @@ class Model:
         self._decoder.check_room(sum(map(len, segments)), of_images=n_image_rows)
         return segments
 
-    def _pixels(self, image: ImageSource, timings: Timings) -> NDArray[np.float32]:
-        spec, _ = self._vision()
+    def _picture(self, image: ImageSource, timings: Timings) -> NDArray[np.uint8]:
         with timings.measure("decode_image_s"):
-            image_HWC = load_image(image)
+            return load_image(image)
+
+    def _layout(self, image_HWC: NDArray[np.uint8]) -> ImageLayout:
+        assert self.spec is not None
+        return image_layout(image_HWC.shape[0], image_HWC.shape[1], self.spec)
+
+    def _pixels(self, image_HWC: NDArray[np.uint8], timings: Timings) -> NDArray[np.float32]:
+        spec, _ = self._vision()
         with timings.measure("preprocess_s"):
             return preprocess(image_HWC, spec)
 
-    def _embed(self, image: ImageSource, timings: Timings) -> NDArray[np.float32]:
+    def _embed(self, image_HWC: NDArray[np.uint8], timings: Timings) -> NDArray[np.float32]:
         _, encoder = self._vision()
-        tiles_TCHW = self._pixels(image, timings)
+        tiles_TCHW = self._pixels(image_HWC, timings)
         with timings.measure("encode_s"):
             embeds_TND = encoder.encode(tiles_TCHW)
         return embeds_TND.reshape(-1, embeds_TND.shape[-1])

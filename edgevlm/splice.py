@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from edgevlm.layout import ImageLayout
 from edgevlm.prompt import ImageSlot, Piece, TextPiece
 
 if TYPE_CHECKING:
@@ -41,9 +42,10 @@ Tokenize = Callable[[str, bool, bool], list[int]]
 
 @dataclass(frozen=True)
 class PlannedImage:
-    """An image slot before anything was encoded: only its length is known."""
+    """Rows [start, start + n_rows) of picture `index`, before anything was encoded."""
 
     index: int
+    start: int
     n_rows: int
 
     def __len__(self) -> int:
@@ -53,8 +55,8 @@ class PlannedImage:
 Plan = list["TextSegment | PlannedImage"]
 
 
-def plan(pieces: Sequence[Piece], tokenize: Tokenize, *, bos: str, rows_per_image: int) -> Plan:
-    """Tokenize the text and count the rows, before any picture is encoded.
+def plan(pieces: Sequence[Piece], tokenize: Tokenize, *, bos: str, layouts: Sequence[ImageLayout]) -> Plan:
+    """Tokenize the text and count the rows, before any picture is encoded. `layouts` has one entry for each picture.
 
     Each text between pictures is tokenized on its own, as the reference implementations do. The BOS token comes first,
     once: the tokenizer adds it (if the vocabulary wants one at all) unless the template has printed its text already.
@@ -66,12 +68,17 @@ def plan(pieces: Sequence[Piece], tokenize: Tokenize, *, bos: str, rows_per_imag
     if isinstance(head, ImageSlot):
         tokens += tokenize("", True, True)
     for piece in pieces:
-        if isinstance(piece, ImageSlot):
-            segments += [TextSegment(tuple(tokens))] if tokens else []
-            segments.append(PlannedImage(piece.index, rows_per_image))
-            tokens = []
-        else:
+        if isinstance(piece, TextPiece):
             tokens += tokenize(piece.text, piece is head and not printed, piece.parse_special)
+            continue
+        start = 0
+        for part in layouts[piece.index]:
+            if isinstance(part, str):
+                tokens += tokenize(part, False, True)
+                continue
+            segments += [TextSegment(tuple(tokens))] if tokens else []
+            segments.append(PlannedImage(piece.index, start, part.count))
+            start, tokens = start + part.count, []
     return segments + ([TextSegment(tuple(tokens))] if tokens else [])
 
 
@@ -85,12 +92,15 @@ def splice(segments: Plan, embeds: Sequence[NDArray[np.float32]]) -> list[Segmen
     Raises:
         ValueError: a picture has another number of rows than planned; our own bug.
     """
-    spliced: list[Segment] = []
+    planned = [0] * len(embeds)
     for segment in segments:
-        if isinstance(segment, TextSegment):
-            spliced.append(segment)
-        elif len(embeds[segment.index]) == segment.n_rows:
-            spliced.append(ImageSegment(embeds[segment.index]))
-        else:
-            raise ValueError(f"picture {segment.index} has {len(embeds[segment.index])} rows, planned {segment.n_rows}")
-    return spliced
+        if isinstance(segment, PlannedImage):
+            planned[segment.index] += segment.n_rows
+    if planned != [len(rows_ND) for rows_ND in embeds]:
+        raise ValueError(f"the pictures have {[len(rows_ND) for rows_ND in embeds]} rows, planned {planned}")
+    return [
+        segment
+        if isinstance(segment, TextSegment)
+        else ImageSegment(embeds[segment.index][segment.start : segment.start + segment.n_rows])
+        for segment in segments
+    ]

@@ -18,6 +18,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import edgevlm
 from edgevlm.bundle import BUILTIN, MANIFEST_NAME, open_bundle
+from edgevlm.layout import Rows
 from edgevlm.splice import ImageSegment, TextSegment
 from panel.evaluate import make_items, reference_answerer
 from panel.scenes import make_scene
@@ -127,7 +128,7 @@ def test_logits(exact: edgevlm.Model, reference: Any, processor: Any, seed: int)
 
 def planned_ids(model: edgevlm.Model, question: str) -> list[int | str]:
     """Our prompt as token ids, with "image" for the picture."""
-    plan = model._plan(question, 1, None)
+    plan = model._plan(question, [(Rows(model.spec.encoder.n_tokens),)], None)
     return [id for segment in plan for id in (segment.tokens if isinstance(segment, TextSegment) else ["image"])]
 
 

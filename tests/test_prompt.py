@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from edgevlm.errors import CapabilityError, UsageError
+from edgevlm.layout import ImageLayout, Rows
 from edgevlm.prompt import ImageSlot, PromptFormat, TextPiece, render, user_messages
-from edgevlm.splice import PlannedImage, TextSegment, plan, splice
+from edgevlm.splice import ImageSegment, PlannedImage, TextSegment, plan, splice
 
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
@@ -113,28 +114,38 @@ def fake_tokenize(text: str, add_bos: bool, parse_special: bool) -> list[int]:
     return [1] * add_bos + [ord(c) for c in text]
 
 
+#: A plain picture, and one in two tiles with a mark between them.
+LAYOUTS: list[ImageLayout] = [(Rows(5),), (Rows(2), "x", Rows(3))]
+
+
 def test_plan_counts_and_puts_bos_once() -> None:
     pieces = [TextPiece("ab"), ImageSlot(0), TextPiece("<|bos|>"), ImageSlot(1)]
-    segments = plan(pieces, fake_tokenize, bos="<|bos|>", rows_per_image=5)
+    segments = plan(pieces, fake_tokenize, bos="<|bos|>", layouts=LAYOUTS)
     assert segments == [
         TextSegment((1, ord("a"), ord("b"))),
-        PlannedImage(0, 5),
+        PlannedImage(0, 0, 5),
         TextSegment(tuple(map(ord, "<|bos|>"))),
-        PlannedImage(1, 5),
+        PlannedImage(1, 0, 2),
+        TextSegment((ord("x"),)),
+        PlannedImage(1, 2, 3),
     ]
-    printed = plan([TextPiece("<|bos|>a")], fake_tokenize, bos="<|bos|>", rows_per_image=5)
+    printed = plan([TextPiece("<|bos|>a")], fake_tokenize, bos="<|bos|>", layouts=LAYOUTS)
     assert printed == [TextSegment(tuple(map(ord, "<|bos|>a")))]
-    spelled = plan([TextPiece("<|bos|>", False), TextPiece("a")], fake_tokenize, bos="<|bos|>", rows_per_image=5)
+    spelled = plan([TextPiece("<|bos|>", False), TextPiece("a")], fake_tokenize, bos="<|bos|>", layouts=LAYOUTS)
     assert spelled == [TextSegment((1, *map(ord, "<|bos|>a")))]
-    leading = plan([ImageSlot(0), TextPiece("a")], fake_tokenize, bos="", rows_per_image=5)
-    assert leading == [TextSegment((1,)), PlannedImage(0, 5), TextSegment((ord("a"),))]
-    assert plan([TextPiece("a")], fake_tokenize, bos="", rows_per_image=5) == [TextSegment((1, ord("a")))]
+    leading = plan([ImageSlot(0), TextPiece("a")], fake_tokenize, bos="", layouts=LAYOUTS)
+    assert leading == [TextSegment((1,)), PlannedImage(0, 0, 5), TextSegment((ord("a"),))]
+    assert plan([TextPiece("a")], fake_tokenize, bos="", layouts=LAYOUTS) == [TextSegment((1, ord("a")))]
 
 
 def test_splice_refuses_another_number_of_rows() -> None:
     import numpy as np
 
-    rows = np.zeros((5, 4), np.float32)
-    assert [len(s) for s in splice([PlannedImage(0, 5)], [rows])] == [5]
-    with pytest.raises(ValueError, match="4 rows, planned 5"):
-        splice([PlannedImage(0, 5)], [rows[:4]])
+    rows = np.arange(20, dtype=np.float32).reshape(5, 4)
+    assert [len(s) for s in splice([PlannedImage(0, 0, 5)], [rows])] == [5]
+    first, _, last = splice([PlannedImage(0, 0, 2), TextSegment((7,)), PlannedImage(0, 2, 3)], [rows])
+    assert isinstance(first, ImageSegment)
+    assert isinstance(last, ImageSegment)
+    assert np.array_equal(np.concatenate([first.rows_ND, last.rows_ND]), rows)
+    with pytest.raises(ValueError, match=r"\[4\] rows, planned \[5\]"):
+        splice([PlannedImage(0, 0, 5)], [rows[:4]])
