@@ -1,11 +1,12 @@
-"""Coverage-guided fuzzing of the image kernels' Python boundary, with atheris (libFuzzer).
+"""Coverage-guided fuzzing of the Python boundary of the kernels, for images and for frames, with atheris (libFuzzer).
 
     python tests/fuzz_kernels.py [libFuzzer's options] [new corpus] tests/fuzz_corpus
 
-An input is drawn into a call of `kernels.resize`, `kernels.resize_tiles` or their C functions, most of whose arguments
-make sense. A call may refuse; what it accepts must be equal on all targets and stay inside its memory. With clang the C
-extension is built for this: it reports its coverage to the fuzzer and runs under AddressSanitizer and
-UndefinedBehaviorSanitizer. Without clang the installed extension runs and only the coverage of Python guides.
+An input is drawn into a call of a function of `edgevlm.kernels`, `edgevlm.frames` or `edgevlm._kernels`, most of whose
+arguments make sense (`fuzzing.py`). A call may refuse; what it accepts must be equal on all targets and stay inside its
+memory. With clang the C extension is built for this: it reports its coverage to the fuzzer and runs under
+AddressSanitizer and UndefinedBehaviorSanitizer. Without clang the installed extension runs and only the coverage of
+Python guides.
 """
 
 from __future__ import annotations
@@ -14,149 +15,31 @@ import operator
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import atheris
 import numpy as np
+from fuzzing import STRINGS, Draw, Guarded
 from native import REPOSITORY, SANITIZERS, cmake_build, use_extension
-from numpy.lib.stride_tricks import as_strided
 
 #: Set in the process that fuzzes: the extension that it is to use, or nothing.
 EXTENSION = "EDGEVLM_FUZZ_EXTENSION"
 
 if os.environ.get(EXTENSION):
     use_extension(os.environ[EXTENSION])
-with atheris.instrument_imports(include=["edgevlm.kernels"]):
-    from edgevlm import _kernels, kernels
+with atheris.instrument_imports(include=["edgevlm"]):  # what is imported here, `_arrays` among it
+    from edgevlm import _kernels, frames, kernels
 from edgevlm.errors import EdgeVLMError  # noqa: E402
 
 REFUSALS = (EdgeVLMError, ValueError, TypeError, BufferError, OverflowError, MemoryError)
 TARGETS = kernels.targets()
 FILTERS = ("box", "bilinear", "hamming", "bicubic", "lanczos")
+LAYOUTS = ("yuyv", "nv12", "i420")
 
 #: More pixels than the first are too slow for a fuzzer, but no memory holds the second: that is refused quickly.
 SLOW, HOPELESS = 1 << 16, 1 << 45
-
-NUMBERS = (
-    -1, 0, 1, 2**24, 2**24 + 1, 2**31 - 1, 2**31, 2**32 + 1, 2**63, 2**64, -(2**31), -(2**63), 10**5000, 0.5, -0.0,
-    1e-45, 1e300, float("nan"), float("inf"), -float("inf"), True, None, "7", b"7", 1j, [1],
-    np.int8(-1), np.uint64(2**63), np.float32("nan"), np.array(3), np.array([3, 4]),
-)  # fmt: skip
-STRINGS = ("", "nearest", "bicubic\0", "bi\udcffcubic", "b" * 5000, b"box", None, 3, ["box"])
-ANYTHING: tuple[Any, ...] = (
-    None,
-    3,
-    -2.5,
-    "abcd",
-    b"\x00" * 16,
-    (),
-    (1, 2),
-    [1, 2, 3, 4],
-    {},
-    object(),
-    range(4),
-    slice(2),
-)
-
-
-def arrays() -> tuple[Any, ...]:
-    """Arrays that are not quite pictures, tiles or tables; some are legal."""
-    base = np.arange(240, dtype=np.uint8).reshape(8, 10, 3)
-    read_only = base.copy()
-    read_only.flags.writeable = False
-    shapes = ((), (0,), (5,), (0, 5, 3), (5, 0, 3), (5, 5, 0), (5, 5, 2), (2, 2, 3, 3), (3, 256))
-    dtypes = ("int8", ">u2", "float32", ">f4", "bool", "object", "complex64", "S1", "M8[s]", "u1,u1")
-    views = (
-        base[::-1], base[:, ::-1], base[:, :, ::-1], base[::2, ::3], base[:1][::-1], base.T, np.asfortranarray(base),
-        base[:, :, :1], base.transpose(1, 0, 2), read_only, base.view(np.recarray), np.ma.masked_array(base),
-        as_strided(base, (6, 4, 3), (2, 3, 1)), as_strided(base, (1, 4, 3), (-(2**62), 3, 1)),
-        as_strided(base, (4, 1, 3), (30, -(2**62), 1)), np.broadcast_to(base[0, 0, 0], (2**24 + 1, 1, 1)),
-        np.broadcast_to(base[0, 0, 0], (4, 5, 3)), np.broadcast_to(base[0, 0, 0], (2**40, 2**20, 3)),
-    )  # fmt: skip
-    buffers = (
-        bytearray(60),
-        memoryview(bytes(60)).cast("B", (4, 5, 3)),
-        memoryview(bytearray(60)).cast("b", (4, 5, 3)),
-    )
-    tables = (np.zeros((3, 256), np.float32), np.full((3, 256), np.nan, np.float32), np.zeros((3, 256)))
-    zeros = [np.zeros(shape, np.uint8) for shape in shapes] + [np.zeros((4, 5, 3), dtype) for dtype in dtypes]
-    return (*zeros, *views, *buffers, *tables)
-
-
-class Draw:
-    """An input, read as decisions. One that has ended decides for what makes sense."""
-
-    def __init__(self, data: bytes) -> None:
-        self.data = atheris.FuzzedDataProvider(data)
-
-    def below(self, n: int) -> int:
-        return int(self.data.ConsumeIntInRange(0, n - 1))
-
-    def rarely(self) -> bool:
-        return self.below(64) == 1
-
-    def pick(self, values: Sequence[Any]) -> Any:
-        return values[self.below(len(values))]
-
-    def side(self) -> int:
-        return 1 + self.below(self.pick((4, 24, 90)))
-
-    def margin(self) -> int:
-        return int(self.pick((0, 0, 1, 7)))
-
-    def number(self, sound: float) -> Any:
-        return self.pick(NUMBERS) if self.rarely() else sound
-
-    def numbers(self, *sound: float) -> Any:
-        values = tuple(map(self.number, sound))
-        return self.pick((list(values), values[1:], (*values, 1), *ANYTHING)) if self.rarely() else values
-
-    def string(self) -> Any:
-        return self.pick(STRINGS) if self.rarely() else self.pick(FILTERS)
-
-    def colour(self, channels: int) -> list[Any]:
-        return [self.number(self.below(256)) for _ in range(self.below(6) if self.rarely() else channels)]
-
-    def interval(self, size: int) -> tuple[int, int]:
-        """Start and length of a part of `size`, often all of it."""
-        if self.below(2):
-            return 0, size
-        start = self.below(size)
-        return start, 1 + self.below(size - start)
-
-    def box(self, width: int, height: int) -> Any:
-        xs, ys = (sorted(self.below(2**20 + 1) / 2**20 * side for _ in range(2)) for side in (width, height))
-        return self.numbers(xs[0], ys[0], xs[1], ys[1])
-
-    def picture(self, height: int, width: int, channels: int) -> Any:
-        """Noise, in rows with a gap between them or not, and in some layout."""
-        if self.rarely():
-            return self.pick(arrays())
-        rng = np.random.default_rng(self.below(256))
-        noise_HWC = rng.integers(0, 256, (height, width + self.margin(), channels), np.uint8)[:, :width]
-        if self.below(4) != 1:
-            return noise_HWC
-        flips = (noise_HWC[::-1], noise_HWC[:, ::-1], noise_HWC[:, :, ::-1], noise_HWC.transpose(1, 0, 2))
-        strides = ((0, channels, 1), (1, channels, 1), (width * channels, 0, 1), (0, 0, 0))
-        overlaps = [as_strided(noise_HWC, noise_HWC.shape, bytes_HWC) for bytes_HWC in strides]
-        spaced_HWC = rng.integers(0, 256, (height, width, 4), np.uint8)[:, :, :channels]
-        return self.pick((*flips, *overlaps, np.asfortranarray(noise_HWC), spaced_HWC))
-
-    def table(self, channels: int) -> Any:
-        """For float32; None for uint8."""
-        if self.rarely():
-            return self.pick(arrays())
-        table_C256 = np.random.default_rng(1).normal(size=(channels, 256)).astype(np.float32)
-        return self.pick((None, table_C256))
-
-    def spoiled(self, arguments: list[Any]) -> list[Any]:
-        """The same, or one replaced or missing."""
-        if not self.rarely():
-            return arguments
-        at = self.below(len(arguments))
-        return arguments[:at] + self.pick(([self.pick(ANYTHING)], [self.pick(arrays())], [])) + arguments[at + 1 :]
 
 
 def is_slow(sides: Any) -> bool:
@@ -184,22 +67,6 @@ def check(draw: Draw, call: Callable[[Any], bytes]) -> None:
         assert call(target) == expected, f"{target} differs from scalar"
 
 
-class Guarded:
-    """An array, and a margin around it that nobody may write to."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
-        n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        self.memory = np.zeros(n_bytes + 128, np.uint8)
-        self.array = self.memory[64:-64].view(dtype).reshape(shape)
-
-    def reset(self) -> None:
-        self.memory[:] = 0xA5
-
-    def contents(self) -> bytes:
-        assert self.memory[:64].tobytes() == self.memory[-64:].tobytes() == b"\xa5" * 64, "a write outside the output"
-        return self.memory.tobytes()
-
-
 def check_function(draw: Draw, function: Callable[..., None], arguments: list[Any], out: Guarded) -> None:
     """`function` of the C extension writes into `out`, which is one of its arguments, if they are not spoiled."""
     arguments = draw.spoiled(arguments)
@@ -215,7 +82,7 @@ def check_function(draw: Draw, function: Callable[..., None], arguments: list[An
 def fuzz_resize(draw: Draw) -> None:
     rows, columns, height, width, channels = *(draw.side() for _ in range(4)), draw.pick((1, 3, 4))
     (top, n_rows), (left, n_columns) = draw.interval(height), draw.interval(width)
-    source, box, filter_name = draw.picture(rows, columns, channels), draw.box(columns, rows), draw.string()
+    source, box, filter_name = draw.picture(rows, columns, channels), draw.box(columns, rows), draw.string(FILTERS)
     if draw.below(2):
         out = Guarded((n_rows, n_columns, channels), np.uint8)
         arguments = [source, out.array, filter_name, draw.numbers(height, width), box, draw.numbers(top, left)]
@@ -234,7 +101,7 @@ def fuzz_resize(draw: Draw) -> None:
 def fuzz_tiles(draw: Draw) -> None:
     rows, columns, height, width, channels = *(draw.side() for _ in range(4)), draw.pick((1, 3, 4))
     (top, n_rows), (left, n_columns) = draw.interval(height), draw.interval(width)
-    source, table, filter_name = draw.picture(rows, columns, channels), draw.table(channels), draw.string()
+    source, table, filter_name = draw.picture(rows, columns, channels), draw.table(channels), draw.string(FILTERS)
     border_top, border_left, canvas_top, canvas_left, tile = (
         *(draw.margin() for _ in range(4)),
         (draw.side(), draw.side()),
@@ -284,9 +151,79 @@ def fuzz_tiles(draw: Draw) -> None:
         check(draw, lambda target: kernels.resize_tiles(*arguments, target, **options).tobytes())
 
 
+def yuv_row_bytes(layout: str, width: int) -> int:
+    return (width + 1) // 2 * 4 if layout == "yuyv" else width
+
+
+def yuv_bytes(layout: str, height: int, row_bytes: int) -> int:
+    """Length of a frame: rows of luma, then as many bytes of chroma in either planar layout."""
+    chroma = 0 if layout == "yuyv" else (height + 1) // 2 * ((row_bytes + 1) // 2 * 2)
+    return height * row_bytes + chroma
+
+
+def fuzz_yuv_size(draw: Draw) -> None:
+    arguments = [draw.string(LAYOUTS), *(draw.number(draw.side()) for _ in range(2)), draw.number(draw.below(400))]
+    arguments = draw.spoiled(arguments)
+    try:
+        found = _kernels.yuv_size(*arguments)
+    except REFUSALS:
+        return
+    height, width, stride = map(operator.index, arguments[1:])
+    expected = yuv_bytes(arguments[0], height, stride or yuv_row_bytes(arguments[0], width))
+    assert found == expected, f"{arguments}: {found} bytes and not {expected}"
+
+
+def fuzz_yuv(draw: Draw) -> None:
+    height, width, layout = draw.side(), draw.side() + draw.pick((0, 0, 64)), draw.pick(LAYOUTS)
+    row_bytes = yuv_row_bytes(layout, width)
+    stride = draw.pick((0, 0, 0, row_bytes, row_bytes + 1, row_bytes + 2, row_bytes + 61, row_bytes - 1))
+    frame = draw.frame(yuv_bytes(layout, height, stride or row_bytes), stride or row_bytes)
+    layout_name, matrix = draw.string((layout,)), draw.string(("bt601", "bt709"))
+    full_range = draw.number(draw.below(2))
+    if draw.below(2):
+        out = Guarded(draw.shape(height, width, 3), np.uint8)
+        arguments = [frame, out.array, layout_name, matrix, full_range, draw.number(stride)]
+        check_function(draw, _kernels.yuv_to_rgb, arguments, out)
+        return
+    options = {"matrix": matrix, "full_range": full_range, "stride": draw.number(stride) if stride else None}
+    options = {name: value for name, value in options.items() if draw.below(8) != 1}
+    arguments = draw.spoiled([frame, draw.number(height), draw.number(width), layout_name])
+    check(draw, lambda target: frames.yuv_to_rgb(*arguments, target=target, **options).tobytes())
+
+
+def fuzz_composite(draw: Draw) -> None:
+    height, width = draw.side(), draw.side() + draw.pick((0, 0, 64))
+    source, background = draw.picture(height, width, 3 if draw.rarely() else 4), draw.colour(3)
+    if draw.below(2):
+        out = Guarded(draw.shape(height, width, 3), np.uint8)
+        check_function(draw, _kernels.composite, [source, out.array, background], out)
+        return
+    arguments = draw.spoiled([source, background])
+    check(draw, lambda target: frames.composite(*arguments, target=target).tobytes())
+
+
+def flat(picture: Any) -> Any:
+    """One channel of it, (H, W), if it is an array that has channels."""
+    return picture[:, :, 0] if isinstance(picture, np.ndarray) and any(picture.shape[2:]) else picture
+
+
+def fuzz_difference(draw: Draw) -> None:
+    height, width, channels = draw.side(), draw.side() + draw.pick((0, 0, 64)), draw.pick((1, 3, 4))
+    a, b = draw.picture(height, width, channels), draw.picture(*draw.shape(height, width, channels))
+    function = draw.pick((_kernels.sum_abs_diff, frames.mean_abs_diff))
+    if draw.below(4) == 1:
+        a, b = flat(a), flat(b)
+    arguments = draw.spoiled([a, b])
+    check(draw, lambda target: repr(function(*arguments, target)).encode())
+
+
+def fuzz_frames(draw: Draw) -> None:
+    draw.pick((fuzz_yuv, fuzz_yuv, fuzz_composite, fuzz_difference, fuzz_yuv_size))(draw)
+
+
 def one_input(data: bytes) -> None:
     draw = Draw(data)
-    draw.pick((fuzz_resize, fuzz_tiles))(draw)
+    draw.pick((fuzz_resize, fuzz_tiles, fuzz_frames))(draw)
 
 
 def start_over() -> None:
