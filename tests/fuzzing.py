@@ -143,7 +143,8 @@ class Draw:
         if self.rarely():
             return self.pick(arrays())
         table_C256 = np.random.default_rng(1).normal(size=(channels, 256)).astype(np.float32)
-        return self.pick((None, table_C256))
+        unaligned_C256 = memoryview(b"\0" + table_C256.tobytes())[1:].cast("f", (channels, 256))
+        return self.pick((None, table_C256) * 7 + (unaligned_C256, table_C256))
 
     def spoiled(self, arguments: list[Any]) -> list[Any]:
         """The same, or one replaced or missing."""
