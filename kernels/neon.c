@@ -1,143 +1,281 @@
-/* NEON of the first 64-bit Arms (Cortex-A53, A72: Raspberry Pi 4): weights split into two 16-bit halves.
+/* NEON of the first 64-bit Arms (Cortex-A53, A72: Raspberry Pi 4): weights split into two signed 16-bit halves.
  *
- * A weight w of up to 24 bits is hi * 2^15 + lo with lo in 0..2^15 - 1, so the sum of w * sample is
- * (sum of hi * sample) * 2^15 + sum of lo * sample: two widening multiply-adds, exact modulo 2^32.
+ * A weight w is high * 2^16 + low, both in -2^15..2^15 - 1, so the sum of w * sample is
+ * (sum of high * sample) * 2^16 + sum of low * sample. Modulo 2^32 only 16 bits of the first sum count: eight lanes of
+ * it fit in a vector, and no carry is lost. Small weights, as the outer lobes of a filter have, need no first sum.
  */
 #include "kernels.h"
 
 #if defined(__aarch64__)
 #include "lanes_neon.h"
 
-enum { HALF_BITS = 15, ROWS = 8, UNITS = 2, TAPS = 4 };
+enum { ROWS = 16, EIGHTS = ROWS / LANES_EIGHT, TAPS = 4, N_WORDS = TAPS };
 
-/* A low and a high half for each tap. */
+/* Four low halves, then four high ones. */
 static void pack_halves(const int32_t *weights, int32_t *packed) {
-    for (int t = 0; t < TAPS; t++) {
-        uint32_t low = (uint32_t)weights[t] & ((1u << HALF_BITS) - 1);
-        uint32_t high = (uint32_t)(weights[t] >> HALF_BITS) & 0xFFFF;
-        packed[t] = (int32_t)(low | high << 16);
-    }
+    int32x4_t w = vld1q_s32(weights);
+    int16x4_t low = vmovn_s32(w), high = vshrn_n_s32(vsubw_s16(w, low), 16);
+    vst1q_s32(packed, vreinterpretq_s32_s16(vcombine_s16(low, high)));
 }
 
-/* ---- horizontal: lanes of 16 bits; a vector has two taps of four lanes; two units of 4 rows ---- */
+/* How many groups of an output come before the first weight with a high half, up to the last one, and after it. A
+ * narrow last group of one or two taps counts as a PAIR. */
+enum { BEFORE, WIDE, AFTER, PAIR, N_PARTS };
 
-enum { TAP_VECTORS = TAPS / 2 };
+static void count_groups(const int32_t *weights, size_t count, int32_t *parts) {
+    size_t n_groups = (count + TAPS - 1) / TAPS, first = 0, end = count;
+    while (first < count && weights[first] == (int16_t)weights[first]) {
+        first++;
+    }
+    while (end > first && weights[end - 1] == (int16_t)weights[end - 1]) {
+        end--;
+    }
+    size_t before = first < count ? first / TAPS : n_groups, wide_end = first < count ? (end + TAPS - 1) / TAPS : n_groups;
+    bool pair = count % TAPS != 0 && count % TAPS <= 2 && (wide_end < n_groups || before == n_groups);
+    parts[BEFORE] = (int32_t)(before - (pair && before == n_groups));
+    parts[WIDE] = (int32_t)(wide_end - before);
+    parts[AFTER] = (int32_t)(n_groups - wide_end - (pair && wide_end < n_groups));
+    parts[PAIR] = pair;
+}
 
-static const struct lane_format format = {.rows = ROWS, .taps = TAPS, .n_words = TAPS, .pack = pack_halves,
-                                          .channel_bytes = UNITS * TAP_VECTORS * sizeof(uint16x8_t)};
+/* ---- horizontal: lanes of 16 bits; a vector has one sample of eight rows ---- */
+
+static const struct lane_format format = {.rows = ROWS, .units = EIGHTS, .taps = TAPS, .granule = 1,
+                                          .channel_bytes = TAPS * sizeof(int16x8_t),
+                                          .finished_bytes = EIGHTS * LANES_EIGHT_BYTES, .n_words = N_WORDS,
+                                          .pack = pack_halves, .n_head = N_PARTS, .head = count_groups};
 
 static size_t plan_size(const struct resize_axis *axis, int channels) {
     return lanes_plan_size(axis, channels, &format);
 }
 
 static void plan_init(const struct resize_axis *axis, int channels, void *plan) {
-    (void)channels;
-    lanes_plan_init(axis, &format, plan);
+    lanes_neon_plan_init(axis, channels, &format, plan);
 }
 
-/* Sixteen samples of each of four lanes, to where their four groups begin, `group_size` samples apart. */
-static LANES_INLINE void arrange_lanes(uint8x16_t a, uint8x16_t b, uint8x16_t c, uint8x16_t d, uint16_t *out,
-                                       size_t group_size) {
-    uint8x16x2_t ac = vzipq_u8(a, c), bd = vzipq_u8(b, d);
-    for (int half = 0; half < 2; half++) {
-        uint8x16x2_t abcd = vzipq_u8(ac.val[half], bd.val[half]);
-        for (int quarter = 0; quarter < 2; quarter++, out += group_size) {
-            vst1q_u16(out, vmovl_u8(vget_low_u8(abcd.val[quarter])));
-            vst1q_u16(out + 8, vmovl_high_u8(abcd.val[quarter]));
-        }
-    }
+static LANES_INLINE int32x4_t low_widened(uint8x16_t bytes) {
+    return vreinterpretq_s32_u16(vmovl_u8(vget_low_u8(bytes)));
 }
 
-/* Sixteen columns of eight rows, four groups. */
+static LANES_INLINE int32x4_t high_widened(uint8x16_t bytes) {
+    return vreinterpretq_s32_u16(vmovl_high_u8(bytes));
+}
+
+/* Sixteen columns of eight rows, widened. The channels of a column stay as they are, one after the other. */
 static LANES_INLINE void arrange(const uint8_t *const *rows, size_t offset, int channels, uint8_t *bytes) {
-    size_t group_size = (size_t)(UNITS * channels * TAP_VECTORS) * 8;
-    uint16_t *out = (uint16_t *)(void *)bytes;
-    for (int u = 0; u < UNITS; u++) {
-        uint8x16_t lanes[LANES_UNIT_ROWS * 4];
-        lanes_load_unit(rows + u * LANES_UNIT_ROWS, offset, channels, lanes);
-        for (int v = 0; v < channels; v++, out += 8 * TAP_VECTORS) {
-            arrange_lanes(lanes[4 * v], lanes[4 * v + 1], lanes[4 * v + 2], lanes[4 * v + 3], out, group_size);
+    const uint8_t *row[LANES_EIGHT];
+    int32_t *out = (int32_t *)(void *)bytes;
+    for (int r = 0; r < LANES_EIGHT; r++) {
+        row[r] = rows[r];
+    }
+    for (int k = 0; k < channels; k++, offset += 16) {
+        uint8x16_t pairs[2][4];
+        for (int p = 0; p < 4; p++) {
+            uint8x16_t a = vld1q_u8(row[2 * p] + offset), b = vld1q_u8(row[2 * p + 1] + offset);
+            pairs[0][p] = vzip1q_u8(a, b);
+            pairs[1][p] = vzip2q_u8(a, b);
+        }
+        for (int half = 0; half < 2; half++) {
+            const uint8x16_t *p = pairs[half]; /* lanes of 32 bits: two rows */
+            int32x4x4_t low = {{low_widened(p[0]), low_widened(p[1]), low_widened(p[2]), low_widened(p[3])}};
+            int32x4x4_t high = {{high_widened(p[0]), high_widened(p[1]), high_widened(p[2]), high_widened(p[3])}};
+            vst4q_s32(out, low);
+            LANES_ADVANCE(out, 16)
+            vst4q_s32(out, high);
+            LANES_ADVANCE(out, 16)
         }
     }
 }
 
-/* Four lanes' samples from their sums, 16 bits each; the last narrowing, by 6 bits more, clips to 0..255. */
-static LANES_INLINE int16x4_t halfway(int32x4_t lo, int32x4_t hi) {
-    return vshrn_n_s32(vaddq_s32(lo, vshlq_n_s32(hi, HALF_BITS)), 16);
+/* The sums of eight rows. The high ones begin with half a unit, so that the final shift rounds. */
+struct sums {
+    int32x4_t low[4][2];
+    int16x8_t high[4];
+};
+
+/* Add vector `n` of a group, which is a sample of tap n / channels. The lane has to be a constant in the source. */
+#define ADD(n, channels, x)                                                                      \
+    {                                                                                            \
+        enum { TAP = (n) / (channels), CHANNEL = (n) % (channels) };                             \
+        s->low[CHANNEL][0] = vmlal_laneq_s16(s->low[CHANNEL][0], vget_low_s16(x), w, TAP);       \
+        s->low[CHANNEL][1] = vmlal_high_laneq_s16(s->low[CHANNEL][1], x, w, TAP);                \
+        s->high[CHANNEL] = wide ? vmlaq_laneq_s16(s->high[CHANNEL], x, w, TAPS + TAP) : s->high[CHANNEL]; \
+    }
+#define ADD_TWO(n, channels)                               \
+    {                                                      \
+        int16x8x2_t two = vld1q_s16_x2(*samples);          \
+        LANES_ADVANCE(*samples, 2 * LANES_EIGHT)           \
+        ADD(n, channels, two.val[0])                       \
+        ADD((n) + 1, channels, two.val[1])                 \
+    }
+#define ADD_FOUR(n, channels)                              \
+    {                                                      \
+        int16x8x4_t four = vld1q_s16_x4(*samples);         \
+        LANES_ADVANCE(*samples, 4 * LANES_EIGHT)           \
+        ADD(n, channels, four.val[0])                      \
+        ADD((n) + 1, channels, four.val[1])                \
+        ADD((n) + 2, channels, four.val[2])                \
+        ADD((n) + 3, channels, four.val[3])                \
+    }
+
+/* Two taps of eight rows. */
+static LANES_INLINE void add_pair(struct sums *s, const int16_t **samples, int16x8_t w, int channels, bool wide) {
+    switch (channels) {
+    case 1: ADD_TWO(0, 1) break;
+    case 3: ADD_FOUR(0, 3) ADD_TWO(4, 3) break;
+    default: ADD_FOUR(0, 4) ADD_FOUR(4, 4) break;
+    }
 }
 
-/* Output `i` of 8 rows. */
-static LANES_INLINE void output(const struct lane_plan *plan, size_t i, uint8_t *const *dst, int channels, bool last) {
-    size_t group_size = (size_t)(UNITS * channels * TAP_VECTORS) * 8;
-    const int16_t *samples = (const int16_t *)(const void *)plan->arranged + (size_t)plan->start[i] * group_size;
-    const int32_t *weights = plan->weights + i * plan->n_weights;
-    int32x4_t lo[UNITS * 4], hi[UNITS * 4];
-    for (int v = 0; v < UNITS * channels; v++) {
-        lo[v] = vdupq_n_s32(1 << (RESIZE_WEIGHT_BITS - 1));
-        hi[v] = vdupq_n_s32(0);
+/* Four taps of eight rows. */
+static LANES_INLINE void add_group(struct sums *s, const int16_t **samples, int16x8_t w, int channels, bool wide) {
+    switch (channels) {
+    case 1: ADD_FOUR(0, 1) break;
+    case 3: ADD_FOUR(0, 3) ADD_FOUR(4, 3) ADD_FOUR(8, 3) break;
+    default: ADD_FOUR(0, 4) ADD_FOUR(4, 4) ADD_FOUR(8, 4) ADD_FOUR(12, 4) break;
     }
-    for (int32_t g = 0; g < plan->n_groups[i]; g++, weights += TAPS, samples += group_size) {
-        int16x8_t w = vreinterpretq_s16_s32(vld1q_s32(weights));
-        for (int v = 0; v < UNITS * channels; v++) {
-            int16x8_t x01 = vld1q_s16(samples + 16 * v), x23 = vld1q_s16(samples + 16 * v + 8);
-            lo[v] = vmlal_laneq_s16(lo[v], vget_low_s16(x01), w, 0);
-            hi[v] = vmlal_laneq_s16(hi[v], vget_low_s16(x01), w, 1);
-            lo[v] = vmlal_high_laneq_s16(lo[v], x01, w, 2);
-            hi[v] = vmlal_high_laneq_s16(hi[v], x01, w, 3);
-            lo[v] = vmlal_laneq_s16(lo[v], vget_low_s16(x23), w, 4);
-            hi[v] = vmlal_laneq_s16(hi[v], vget_low_s16(x23), w, 5);
-            lo[v] = vmlal_high_laneq_s16(lo[v], x23, w, 6);
-            hi[v] = vmlal_high_laneq_s16(hi[v], x23, w, 7);
-        }
+}
+
+static LANES_INLINE void begin_sums(struct sums *s, int channels) {
+    for (int c = 0; c < channels; c++) {
+        s->low[c][0] = s->low[c][1] = vdupq_n_s32(0);
+        s->high[c] = vdupq_n_s16(1 << (RESIZE_WEIGHT_BITS - 1 - 16));
     }
-    for (int u = 0; u < UNITS; u++) {
-        int16x4_t quads[4];
-        for (int v = 0; v < 4; v++) {
-            int s = u * channels + (v < channels ? v : channels - 1);
-            quads[v] = halfway(lo[s], hi[s]);
-        }
-        lanes_store_narrowed(vcombine_s16(quads[0], quads[1]), vcombine_s16(quads[2], quads[3]), dst + 4 * u,
-                             i * (size_t)channels, channels, last);
+}
+
+static LANES_INLINE void end_sums(const struct sums *s, uint8_t *out, int channels) {
+    for (int c = 0; c < channels; c++) {
+        int16x8_t upper = vaddq_s16(s->high[c], lanes_upper(s->low[c][0], s->low[c][1]));
+        vst1_u8(out + LANES_EIGHT * c, lanes_clipped(upper));
     }
+}
+
+#define ADD_PART(part, add, wide)                                           \
+    for (int32_t g = parts[part]; g > 0; g--, words += N_WORDS) {           \
+        int16x8_t w = vreinterpretq_s16_s32(vld1q_s32(words));              \
+        add(&sums_a, &a, w, channels, wide);                                \
+        add(&sums_b, &b, w, channels, wide);                                \
+    }
+
+/* See lanes_finish. */
+static LANES_INLINE void finish(const struct lane_plan *plan, size_t from, size_t to, int channels) {
+    uint8_t *out_a = lanes_finished(plan, from, (size_t)channels, 0);
+    uint8_t *out_b = lanes_finished(plan, from, (size_t)channels, 1);
+    for (size_t i = from; i < to; i++, out_a += LANES_EIGHT * channels, out_b += LANES_EIGHT * channels) {
+        const int32_t *parts = plan->weights + i * plan->n_weights, *words = parts + N_PARTS;
+        const int16_t *a = (const int16_t *)(const void *)plan->arranged + plan->start[i] * channels * LANES_EIGHT;
+        const int16_t *b = (const int16_t *)(const void *)((const uint8_t *)a + plan->unit_bytes);
+        struct sums sums_a, sums_b;
+        begin_sums(&sums_a, channels);
+        begin_sums(&sums_b, channels);
+        ADD_PART(BEFORE, add_group, false)
+        ADD_PART(WIDE, add_group, true)
+        ADD_PART(AFTER, add_group, false)
+        ADD_PART(PAIR, add_pair, false)
+        end_sums(&sums_a, out_a, channels);
+        end_sums(&sums_b, out_b, channels);
+    }
+}
+
+/* Functions of their own: GCC 12 keeps all sums in registers only where it has nothing else to do. */
+static LANES_NOINLINE void finish_grey(const struct lane_plan *plan, size_t from, size_t to) {
+    finish(plan, from, to, 1);
+}
+
+static LANES_NOINLINE void finish_rgb(const struct lane_plan *plan, size_t from, size_t to) {
+    finish(plan, from, to, 3);
+}
+
+static LANES_NOINLINE void finish_rgba(const struct lane_plan *plan, size_t from, size_t to) {
+    finish(plan, from, to, 4);
 }
 
 static void rows(const uint8_t *const *src_rows, uint8_t *const *dst_rows, size_t n_rows, int channels,
                  const struct resize_axis *axis, void *plan) {
-    lanes_rows(src_rows, dst_rows, n_rows, channels, axis, plan, &format, arrange, output);
+    lanes_neon_rows(src_rows, dst_rows, n_rows, channels, axis, plan, &format, arrange, finish_grey, finish_rgb,
+                    finish_rgba);
 }
 
 static const struct horizontal_ops horizontal = {.plan_size = plan_size, .plan_init = plan_init, .rows = rows};
 
-/* ---- vertical: 16 columns at a time ---- */
+/* ---- vertical: 48 columns at a time, then 16 ---- */
 
-/* Columns [start, start + 16). `halves` holds lo and hi of each tap. */
-static LANES_INLINE void columns(const uint8_t *const *src_rows, const int32_t *halves, size_t n_taps,
-                                 uint8_t *dst_row, size_t start) {
-    int32x4_t lo[4], hi[4];
-    for (int v = 0; v < 4; v++) {
-        lo[v] = vdupq_n_s32(1 << (RESIZE_WEIGHT_BITS - 1));
-        hi[v] = vdupq_n_s32(0);
+/* Add tap `t` of 16 columns, which stand in `bytes`. */
+#define ADD_COLUMNS(v, t, wide, bytes)                                                           \
+    {                                                                                            \
+        int16x8_t left = vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(bytes)));                    \
+        int16x8_t right = vreinterpretq_s16_u16(vmovl_high_u8(bytes));                           \
+        low[v][0] = vmlal_laneq_s16(low[v][0], vget_low_s16(left), w, t);                        \
+        low[v][1] = vmlal_high_laneq_s16(low[v][1], left, w, t);                                 \
+        low[v][2] = vmlal_laneq_s16(low[v][2], vget_low_s16(right), w, t);                       \
+        low[v][3] = vmlal_high_laneq_s16(low[v][3], right, w, t);                                \
+        high[v][0] = (wide) ? vmlaq_laneq_s16(high[v][0], left, w, TAPS + (t)) : high[v][0];     \
+        high[v][1] = (wide) ? vmlaq_laneq_s16(high[v][1], right, w, TAPS + (t)) : high[v][1];    \
     }
-    for (size_t t = 0; t < n_taps; t++) {
-        uint8x16_t bytes = vld1q_u8(src_rows[t] + start);
-        int16x4_t w = vreinterpret_s16_s32(vld1_dup_s32(halves + t));
-        int16x8_t x[2] = {vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(bytes))),
-                          vreinterpretq_s16_u16(vmovl_high_u8(bytes))};
-        for (int half = 0; half < 2; half++) {
-            lo[2 * half] = vmlal_lane_s16(lo[2 * half], vget_low_s16(x[half]), w, 0);
-            hi[2 * half] = vmlal_lane_s16(hi[2 * half], vget_low_s16(x[half]), w, 1);
-            lo[2 * half + 1] = vmlal_high_lane_s16(lo[2 * half + 1], x[half], w, 0);
-            hi[2 * half + 1] = vmlal_high_lane_s16(hi[2 * half + 1], x[half], w, 1);
-        }
+#define ADD_ROW(t, wide)                                       \
+    if (n_vectors == 3) {                                      \
+        uint8x16x3_t three = vld1q_u8_x3(rows[t] + start);     \
+        ADD_COLUMNS(0, t, wide, three.val[0])                  \
+        ADD_COLUMNS(1, t, wide, three.val[1])                  \
+        ADD_COLUMNS(2, t, wide, three.val[2])                  \
+    } else {                                                   \
+        uint8x16_t one = vld1q_u8(rows[t] + start);            \
+        ADD_COLUMNS(0, t, wide, one)                           \
     }
-    int16x8_t low = vcombine_s16(halfway(lo[0], hi[0]), halfway(lo[1], hi[1]));
-    int16x8_t high = vcombine_s16(halfway(lo[2], hi[2]), halfway(lo[3], hi[3]));
-    vst1q_u8(dst_row + start, lanes_narrowed(low, high));
+
+/* Columns [start, start + 16 * n_vectors). `tail` are the rows of the last group. */
+static LANES_INLINE void columns(const uint8_t *const *src_rows, const uint8_t *const *tail, const int32_t *parts,
+                                 size_t n_taps, uint8_t *dst_row, size_t start, int n_vectors) {
+    const int32_t *words = parts + N_PARTS;
+    const uint8_t *const *last = src_rows + (n_taps - 1) / TAPS * TAPS;
+    int32x4_t low[3][4];
+    int16x8_t high[3][2];
+    for (int v = 0; v < n_vectors; v++) {
+        low[v][0] = low[v][1] = low[v][2] = low[v][3] = vdupq_n_s32(0);
+        high[v][0] = high[v][1] = vdupq_n_s16(1 << (RESIZE_WEIGHT_BITS - 1 - 16));
+    }
+#define ADD_GROUPS(part)                                                                 \
+    for (int32_t g = parts[part]; g > 0; g--, words += N_WORDS, src_rows += TAPS) {      \
+        int16x8_t w = vreinterpretq_s16_s32(vld1q_s32(words));                           \
+        const uint8_t *const *rows = src_rows == last ? tail : src_rows;                 \
+        ADD_ROW(0, part == WIDE)                                                         \
+        ADD_ROW(1, part == WIDE)                                                         \
+        if (part != PAIR) {                                                              \
+            ADD_ROW(2, part == WIDE)                                                     \
+            ADD_ROW(3, part == WIDE)                                                     \
+        }                                                                                \
+    }
+    ADD_GROUPS(BEFORE)
+    ADD_GROUPS(WIDE)
+    ADD_GROUPS(AFTER)
+    ADD_GROUPS(PAIR)
+    for (int v = 0; v < n_vectors; v++) {
+        int16x8_t left = vaddq_s16(high[v][0], lanes_upper(low[v][0], low[v][1]));
+        int16x8_t right = vaddq_s16(high[v][1], lanes_upper(low[v][2], low[v][3]));
+        vst1q_u8(dst_row + start + 16 * v, vqshrun_high_n_s16(lanes_clipped(left), right, RESIZE_WEIGHT_BITS - 16));
+    }
 }
 
 static void vertical(const uint8_t *const *src_rows, const int32_t *weights, size_t n_taps, uint8_t *dst_row,
                      size_t n_bytes, int32_t *scratch) {
-    lanes_vertical(src_rows, weights, n_taps, dst_row, n_bytes, scratch, &format, 16, columns, &kernels_scalar);
+    if (n_bytes < 16 || n_taps == 0) {
+        kernels_scalar.vertical(src_rows, weights, n_taps, dst_row, n_bytes, scratch);
+        return;
+    }
+    const uint8_t *tail[TAPS];
+    lanes_last_rows(src_rows, n_taps, tail);
+    lanes_pack(&format, weights, n_taps, 0, scratch);
+    size_t start = 0;
+    for (; start + 48 <= n_bytes; start += 48) {
+        columns(src_rows, tail, scratch, n_taps, dst_row, start, 3);
+    }
+    if (start < n_bytes && n_bytes >= 48) { /* overlaps the one before it */
+        columns(src_rows, tail, scratch, n_taps, dst_row, n_bytes - 48, 3);
+        return;
+    }
+    for (; start < n_bytes; start += 16) {
+        columns(src_rows, tail, scratch, n_taps, dst_row, start + 16 <= n_bytes ? start : n_bytes - 16, 1);
+    }
 }
 
 const struct kernel_ops kernels_neon = {
