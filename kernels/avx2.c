@@ -6,10 +6,8 @@
 #include "kernels.h"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
-
 #define LANES_TARGET __attribute__((target("avx2")))
-#include "lanes.h"
+#include "lanes_x86.h"
 
 enum { HALF_BITS = 15, ROWS = 8, TAPS = 2 };
 
@@ -28,39 +26,18 @@ static void pack_halves(const int32_t *weights, int32_t *packed) {
 
 static const struct lane_format format = {
     .rows = ROWS, .load_bytes = sizeof(__m128i), .taps = TAPS,
-    .channel_bytes = sizeof(__m256i), .n_words = 2, .pack = pack_halves};
-
-static size_t plan_size(const struct resize_axis *axis, int channels) {
-    return lanes_plan_size(axis, channels, &format);
-}
-
-static void plan_init(const struct resize_axis *axis, int channels, void *plan) {
-    (void)channels;
-    lanes_plan_init(axis, &format, plan);
-}
-
-/* 16 bytes of row k in the low half, of row k + 4 in the high half. */
-static LANES_INLINE __m256i load_rows(const uint8_t *const *rows, int k, size_t offset) {
-    __m128i low = _mm_loadu_si128((const void *)(rows[k] + offset));
-    __m128i high = _mm_loadu_si128((const void *)(rows[k + 4] + offset));
-    return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
-}
-
-static LANES_INLINE __m256i both_halves(const int8_t *bytes) {
-    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)bytes));
-}
+    .channel_bytes = sizeof(__m256i), .finished_bytes = 4 * sizeof(__m256i), .n_words = 2, .pack = pack_halves};
 
 /* Channel c of pixels 0 and 1 (2 and 3 for `rgb_high`), widened to 16 bits. */
 #define PAIR(base, c, step) (base) + (c), -1, (base) + (c) + (step), -1
-#define NONE -1, -1, -1, -1
 
 /* Row k of four, rotated so that its three lanes come to stand where they belong; see lanes.h. */
 #define RGB_ROWS(base)                                                      \
     {                                                                       \
-        {PAIR(base, 0, 3), PAIR(base, 1, 3), PAIR(base, 2, 3), NONE},       \
-            {PAIR(base, 1, 3), PAIR(base, 2, 3), NONE, PAIR(base, 0, 3)},   \
-            {PAIR(base, 2, 3), NONE, PAIR(base, 0, 3), PAIR(base, 1, 3)},   \
-            {NONE, PAIR(base, 0, 3), PAIR(base, 1, 3), PAIR(base, 2, 3)},   \
+        {PAIR(base, 0, 3), PAIR(base, 1, 3), PAIR(base, 2, 3), LANES_NONE},       \
+            {PAIR(base, 1, 3), PAIR(base, 2, 3), LANES_NONE, PAIR(base, 0, 3)},   \
+            {PAIR(base, 2, 3), LANES_NONE, PAIR(base, 0, 3), PAIR(base, 1, 3)},   \
+            {LANES_NONE, PAIR(base, 0, 3), PAIR(base, 1, 3), PAIR(base, 2, 3)},   \
     }
 static const int8_t rgb_pairs[2][4][16] = {RGB_ROWS(0), RGB_ROWS(6)};
 static const int8_t rgba_pairs[2][16] = {
@@ -72,12 +49,12 @@ static const int8_t rgba_pairs[2][16] = {
 static LANES_INLINE void arrange_rgb(const uint8_t *const *rows, size_t offset, __m256i *out) {
     __m256i pixels[4]; /* loaded before anything is stored, or the compiler has to load them again */
     for (int k = 0; k < 4; k++) {
-        pixels[k] = load_rows(rows, k, offset);
+        pixels[k] = lanes_load_rows(rows, k, offset);
     }
     for (int g = 0; g < 2; g++) {
         __m256i x[4];
         for (int k = 0; k < 4; k++) {
-            x[k] = _mm256_shuffle_epi8(pixels[k], both_halves(rgb_pairs[g][k]));
+            x[k] = _mm256_shuffle_epi8(pixels[k], lanes_both_halves(rgb_pairs[g][k]));
         }
         _mm256_store_si256(out++, _mm256_blend_epi32(x[0], x[1], 0x88));
         _mm256_store_si256(out++, _mm256_blend_epi32(x[1], x[2], 0xCC));
@@ -88,9 +65,9 @@ static LANES_INLINE void arrange_rgb(const uint8_t *const *rows, size_t offset, 
 /* Four RGBA pixels of each row, two groups of four vectors. */
 static LANES_INLINE void arrange_rgba(const uint8_t *const *rows, size_t offset, __m256i *out) {
     for (int k = 0; k < 4; k++) {
-        __m256i x = load_rows(rows, k, offset);
-        _mm256_store_si256(out + k, _mm256_shuffle_epi8(x, both_halves(rgba_pairs[0])));
-        _mm256_store_si256(out + 4 + k, _mm256_shuffle_epi8(x, both_halves(rgba_pairs[1])));
+        __m256i x = lanes_load_rows(rows, k, offset);
+        _mm256_store_si256(out + k, _mm256_shuffle_epi8(x, lanes_both_halves(rgba_pairs[0])));
+        _mm256_store_si256(out + 4 + k, _mm256_shuffle_epi8(x, lanes_both_halves(rgba_pairs[1])));
     }
 }
 
@@ -98,7 +75,7 @@ static LANES_INLINE void arrange_rgba(const uint8_t *const *rows, size_t offset,
 static LANES_INLINE void arrange_grey(const uint8_t *const *rows, size_t offset, __m256i *out) {
     __m256i x[4], zero = _mm256_setzero_si256();
     for (int k = 0; k < 4; k++) {
-        x[k] = load_rows(rows, k, offset);
+        x[k] = lanes_load_rows(rows, k, offset);
     }
     /* pairs of pixels, of 16 bits, change places: after two steps the four rows of a pair lie side by side */
     for (int half = 0; half < 2; half++) {
@@ -119,6 +96,34 @@ static LANES_INLINE void arrange(const uint8_t *const *rows, size_t offset, int 
     case 3: arrange_rgb(rows, offset, vectors); break;
     default: arrange_rgba(rows, offset, vectors); break;
     }
+}
+
+/* Four outputs of eight rows, 4 bytes each, into the rows: a transposition. */
+static LANES_INLINE void deliver(const struct lane_plan *plan, size_t i, uint8_t *const *dst, int channels) {
+    __m256i x[4], rows[4];
+    for (int j = 0; j < 4; j++) {
+        x[j] = _mm256_loadu_si256((const __m256i *)(const void *)plan->finished + j);
+    }
+    if (channels == 1) {
+        __m256i pairs[2] = {_mm256_unpacklo_epi8(x[0], x[1]), _mm256_unpacklo_epi8(x[2], x[3])};
+        rows[0] = _mm256_unpacklo_epi16(pairs[0], pairs[1]);
+    } else {
+        for (int half = 0; half < 2; half++) {
+            __m256i left = half ? _mm256_unpackhi_epi32(x[0], x[1]) : _mm256_unpacklo_epi32(x[0], x[1]);
+            __m256i right = half ? _mm256_unpackhi_epi32(x[2], x[3]) : _mm256_unpacklo_epi32(x[2], x[3]);
+            rows[2 * half] = _mm256_unpacklo_epi64(left, right);
+            rows[2 * half + 1] = _mm256_unpackhi_epi64(left, right);
+        }
+        static const int8_t close[16] = {0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1};
+        for (int k = 0; k < 4 && channels == 3; k++) {
+            rows[k] = _mm256_shuffle_epi8(rows[k], lanes_both_halves(close));
+        }
+    }
+    uint8_t bytes[4][sizeof(__m256i)];
+    for (int k = 0; k < (channels == 1 ? 1 : 4); k++) {
+        _mm256_storeu_si256((void *)bytes[k], rows[k]);
+    }
+    lanes_deliver_four(plan, i, dst, channels, bytes[0], sizeof(__m256i), ROWS);
 }
 
 /* Output `i` of 8 rows. */
@@ -147,12 +152,11 @@ static LANES_INLINE void output(const struct lane_plan *plan, size_t i, uint8_t 
     __m256i bytes = _mm256_packus_epi16(_mm256_packs_epi32(sums[0], sums[1]), _mm256_packs_epi32(sums[2], sums[3]));
     if (channels == 3) {
         static const int8_t spread[16] = {0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1};
-        bytes = _mm256_shuffle_epi8(bytes, both_halves(spread));
+        bytes = _mm256_shuffle_epi8(bytes, lanes_both_halves(spread));
     }
-    uint8_t pixels[sizeof bytes]; /* by way of memory: extractions would compete for the shuffle port */
-    _mm256_storeu_si256((void *)pixels, bytes);
-    for (int half = 0; half < 2; half++) {
-        lanes_store(pixels + 16 * half, dst + 4 * half, i * (size_t)channels, channels, last);
+    _mm256_storeu_si256((__m256i *)(void *)plan->finished + i % 4, bytes);
+    if (i % 4 == 3 || last) {
+        deliver(plan, i, dst, channels);
     }
 }
 
@@ -161,7 +165,7 @@ static LANES_TARGET void rows(const uint8_t *const *src_rows, uint8_t *const *ds
     lanes_rows(src_rows, dst_rows, n_rows, channels, axis, plan, &format, arrange, output);
 }
 
-static const struct horizontal_ops horizontal = {.plan_size = plan_size, .plan_init = plan_init, .rows = rows};
+static const struct horizontal_ops horizontal = {.format = &format, .rows = rows};
 
 /* ---- vertical: 32 columns at a time, pairs of rows ---- */
 

@@ -6,10 +6,8 @@
 #include "kernels.h"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
-
 #define LANES_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
-#include "lanes.h"
+#include "lanes_x86.h"
 
 enum { ROWS = RESIZE_BATCH, TAPS = 4, DIGITS = 3 };
 
@@ -36,38 +34,18 @@ static LANES_INLINE __m512i combined(const __m512i sums[DIGITS]) {
 
 static const struct lane_format format = {
     .rows = ROWS, .load_bytes = sizeof(__m128i), .taps = TAPS,
-    .channel_bytes = sizeof(__m512i), .n_words = DIGITS, .pack = pack_digits};
-
-static size_t plan_size(const struct resize_axis *axis, int channels) {
-    return lanes_plan_size(axis, channels, &format);
-}
-
-static void plan_init(const struct resize_axis *axis, int channels, void *plan) {
-    (void)channels;
-    lanes_plan_init(axis, &format, plan);
-}
-
-/* 16 bytes of rows k and k + 4. */
-static LANES_INLINE __m256i load_rows(const uint8_t *const *rows, int k, size_t offset) {
-    __m128i low = _mm_loadu_si128((const void *)(rows[k] + offset));
-    __m128i high = _mm_loadu_si128((const void *)(rows[k + 4] + offset));
-    return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
-}
-
-static LANES_INLINE __m256i both_halves(const int8_t *bytes) {
-    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)bytes));
-}
+    .channel_bytes = sizeof(__m512i), .finished_bytes = 4 * sizeof(__m512i), .n_words = DIGITS,
+    .pack = pack_digits};
 
 /* Channel c of four pixels. */
 #define FOUR(c, step) (c), (c) + (step), (c) + 2 * (step), (c) + 3 * (step)
-#define NONE -1, -1, -1, -1
 
 /* Row k of four, rotated so that its three lanes come to stand where they belong; see lanes.h. */
 static const int8_t rgb_fours[4][16] = {
-    {FOUR(0, 3), FOUR(1, 3), FOUR(2, 3), NONE},
-    {FOUR(1, 3), FOUR(2, 3), NONE, FOUR(0, 3)},
-    {FOUR(2, 3), NONE, FOUR(0, 3), FOUR(1, 3)},
-    {NONE, FOUR(0, 3), FOUR(1, 3), FOUR(2, 3)},
+    {FOUR(0, 3), FOUR(1, 3), FOUR(2, 3), LANES_NONE},
+    {FOUR(1, 3), FOUR(2, 3), LANES_NONE, FOUR(0, 3)},
+    {FOUR(2, 3), LANES_NONE, FOUR(0, 3), FOUR(1, 3)},
+    {LANES_NONE, FOUR(0, 3), FOUR(1, 3), FOUR(2, 3)},
 };
 static const int8_t rgba_fours[16] = {FOUR(0, 4), FOUR(1, 4), FOUR(2, 4), FOUR(3, 4)};
 
@@ -76,7 +54,7 @@ static const int8_t rgba_fours[16] = {FOUR(0, 4), FOUR(1, 4), FOUR(2, 4), FOUR(3
 static LANES_INLINE void arrange_rgb(const uint8_t *const *rows, size_t offset, __m512i *out, int half) {
     __m256i x[4];
     for (int k = 0; k < 4; k++) {
-        x[k] = _mm256_shuffle_epi8(load_rows(rows, k, offset), both_halves(rgb_fours[k]));
+        x[k] = _mm256_shuffle_epi8(lanes_load_rows(rows, k, offset), lanes_both_halves(rgb_fours[k]));
     }
     _mm256_store_si256((__m256i *)(out + 0) + half, _mm256_blend_epi32(x[0], x[1], 0x88));
     _mm256_store_si256((__m256i *)(out + 1) + half, _mm256_blend_epi32(x[1], x[2], 0xCC));
@@ -86,7 +64,7 @@ static LANES_INLINE void arrange_rgb(const uint8_t *const *rows, size_t offset, 
 /* Four RGBA pixels, one group of four vectors. */
 static LANES_INLINE void arrange_rgba(const uint8_t *const *rows, size_t offset, __m512i *out, int half) {
     for (int k = 0; k < 4; k++) {
-        __m256i x = _mm256_shuffle_epi8(load_rows(rows, k, offset), both_halves(rgba_fours));
+        __m256i x = _mm256_shuffle_epi8(lanes_load_rows(rows, k, offset), lanes_both_halves(rgba_fours));
         _mm256_store_si256((__m256i *)(out + k) + half, x);
     }
 }
@@ -95,7 +73,7 @@ static LANES_INLINE void arrange_rgba(const uint8_t *const *rows, size_t offset,
 static LANES_INLINE void arrange_grey(const uint8_t *const *rows, size_t offset, __m512i *out, int half) {
     __m256i x[4];
     for (int k = 0; k < 4; k++) {
-        x[k] = load_rows(rows, k, offset);
+        x[k] = lanes_load_rows(rows, k, offset);
     }
     /* a 4 x 4 transposition of four pixels, 32 bits, in each 128 bits */
     __m256i x01[2] = {_mm256_unpacklo_epi32(x[0], x[1]), _mm256_unpackhi_epi32(x[0], x[1])};
@@ -116,6 +94,34 @@ static LANES_INLINE void arrange(const uint8_t *const *rows, size_t offset, int 
         default: arrange_rgba(eight, offset, vectors, half); break;
         }
     }
+}
+
+/* Four outputs of sixteen rows, 4 bytes each, into the rows: a transposition. */
+static LANES_INLINE void deliver(const struct lane_plan *plan, size_t i, uint8_t *const *dst, int channels) {
+    __m512i x[4], rows[4];
+    for (int j = 0; j < 4; j++) {
+        x[j] = _mm512_loadu_si512((const __m512i *)(const void *)plan->finished + j);
+    }
+    if (channels == 1) {
+        __m512i pairs[2] = {_mm512_unpacklo_epi8(x[0], x[1]), _mm512_unpacklo_epi8(x[2], x[3])};
+        rows[0] = _mm512_unpacklo_epi16(pairs[0], pairs[1]);
+    } else {
+        for (int half = 0; half < 2; half++) {
+            __m512i left = half ? _mm512_unpackhi_epi32(x[0], x[1]) : _mm512_unpacklo_epi32(x[0], x[1]);
+            __m512i right = half ? _mm512_unpackhi_epi32(x[2], x[3]) : _mm512_unpacklo_epi32(x[2], x[3]);
+            rows[2 * half] = _mm512_unpacklo_epi64(left, right);
+            rows[2 * half + 1] = _mm512_unpackhi_epi64(left, right);
+        }
+        static const int8_t close[16] = {0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1};
+        for (int k = 0; k < 4 && channels == 3; k++) {
+            rows[k] = _mm512_shuffle_epi8(rows[k], _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)close)));
+        }
+    }
+    uint8_t bytes[4][sizeof(__m512i)];
+    for (int k = 0; k < (channels == 1 ? 1 : 4); k++) {
+        _mm512_storeu_si512(bytes[k], rows[k]);
+    }
+    lanes_deliver_four(plan, i, dst, channels, bytes[0], sizeof(__m512i), ROWS);
 }
 
 /* Output `i` of 16 rows. */
@@ -149,10 +155,9 @@ static LANES_INLINE void output(const struct lane_plan *plan, size_t i, uint8_t 
         static const int8_t spread[16] = {0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1};
         bytes = _mm512_shuffle_epi8(bytes, _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)spread)));
     }
-    uint8_t pixels[sizeof bytes]; /* by way of memory: extractions would compete for the shuffle port */
-    _mm512_storeu_si512(pixels, bytes);
-    for (int quarter = 0; quarter < 4; quarter++) {
-        lanes_store(pixels + 16 * quarter, dst + 4 * quarter, i * (size_t)channels, channels, last);
+    _mm512_storeu_si512((__m512i *)(void *)plan->finished + i % 4, bytes);
+    if (i % 4 == 3 || last) {
+        deliver(plan, i, dst, channels);
     }
 }
 
@@ -161,7 +166,7 @@ static LANES_TARGET void rows(const uint8_t *const *src_rows, uint8_t *const *ds
     lanes_rows(src_rows, dst_rows, n_rows, channels, axis, plan, &format, arrange, output);
 }
 
-static const struct horizontal_ops horizontal = {.plan_size = plan_size, .plan_init = plan_init, .rows = rows};
+static const struct horizontal_ops horizontal = {.format = &format, .rows = rows};
 
 /* ---- vertical: 64 columns at a time, four rows interleaved ---- */
 

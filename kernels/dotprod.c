@@ -62,14 +62,6 @@ static const struct lane_format format = {.rows = ROWS, .units = FOURS, .taps = 
                                           .finished_bytes = LANES_EIGHT_BYTES, .n_words = N_WORDS,
                                           .pack = pack_digits, .n_head = N_HEAD, .head = sum_lacking};
 
-static size_t plan_size(const struct resize_axis *axis, int channels) {
-    return lanes_plan_size(axis, channels, &format);
-}
-
-static void plan_init(const struct resize_axis *axis, int channels, void *plan) {
-    lanes_neon_plan_init(axis, channels, &format, plan);
-}
-
 /* Channel c of four pixels. */
 #define FOUR(c, step) (c), (c) + (step), (c) + 2 * (step), (c) + 3 * (step)
 
@@ -169,7 +161,7 @@ static LANES_TARGET void rows(const uint8_t *const *src_rows, uint8_t *const *ds
                     finish_rgba);
 }
 
-static const struct horizontal_ops horizontal = {.plan_size = plan_size, .plan_init = plan_init, .rows = rows};
+static const struct horizontal_ops horizontal = {.format = &format, .rows = rows};
 
 /* ---- vertical: 32 columns at a time, then 16; four rows interleaved ---- */
 

@@ -52,15 +52,14 @@ struct resize_axis {
     int32_t *weights;
 };
 
-/* The horizontal pass of a resize. Each target lays weights and pixels out as its instructions want them, so a pass has
- * a plan: memory that belongs to one axis, one number of channels and one thread.
+/* The horizontal pass of a resize. Targets that lay weights and pixels out as their instructions want them have a plan:
+ * memory that belongs to one axis, one number of channels and one thread (lanes.h).
  *
  * `rows` resamples `n_rows` rows (at most RESIZE_BATCH): dst_rows[r] gets axis->n_out pixels from the axis->n_in pixels
  * of src_rows[r]. Each sample is clip8((2^21 + sum(w * sample)) >> 22), the sum taken modulo 2^32. It reads only the
  * pixels of the rows and writes only n_out * channels bytes of each; no row overlaps another. */
 struct horizontal_ops {
-    size_t (*plan_size)(const struct resize_axis *axis, int channels); /* bytes; 0 if no plan is needed */
-    void (*plan_init)(const struct resize_axis *axis, int channels, void *plan);
+    const struct lane_format *format; /* of the plan; NULL if none is needed */
     void (*rows)(const uint8_t *const *src_rows, uint8_t *const *dst_rows, size_t n_rows, int channels,
                  const struct resize_axis *axis, void *plan);
 };

@@ -34,6 +34,7 @@ enum { LANES_STEP = 16 };
 struct lane_plan {
     size_t origin;           /* input column where group 0 begins */
     size_t n_columns;        /* from there on, all that some output looks at */
+    size_t n_out;
     size_t n_weights;        /* packed words of one output */
     const int32_t *start;    /* per output: its first group, in granules, */
     const int32_t *n_groups; /* and how many it has */
@@ -125,7 +126,8 @@ static inline size_t lanes_pack(const struct lane_format *format, const int32_t 
 }
 
 /* Lay a plan out in `memory` of lanes_plan_size() bytes, and pack the weights. */
-static inline void lanes_plan_init(const struct resize_axis *axis, const struct lane_format *format, void *memory) {
+static inline void lanes_plan_init(const struct resize_axis *axis, int channels, const struct lane_format *format,
+                                   void *memory) {
     size_t n_out = (size_t)axis->n_out, n_weights = lanes_n_weights(axis, format), granule = lanes_granule(format);
     uint8_t *next = memory;
     struct lane_plan *plan = memory;
@@ -137,14 +139,21 @@ static inline void lanes_plan_init(const struct resize_axis *axis, const struct 
     int32_t *weights = (int32_t *)(void *)next;
     next += lanes_aligned(n_out * n_weights * sizeof *weights);
     next += -(uintptr_t)next % LANES_ALIGNMENT;
-    *plan = (struct lane_plan){.origin = (size_t)axis->first[0], .n_columns = lanes_columns(axis),
+    size_t unit_bytes = lanes_unit_bytes(axis, channels, format);
+    *plan = (struct lane_plan){.origin = (size_t)axis->first[0], .n_columns = lanes_columns(axis), .n_out = n_out,
                                .n_weights = n_weights, .start = start, .n_groups = n_groups, .weights = weights,
-                               .arranged = next};
+                               .arranged = next, .unit_bytes = unit_bytes,
+                               .finished = next + lanes_units(format) * unit_bytes};
     for (size_t i = 0; i < n_out; i++) {
         size_t first = (size_t)axis->first[i] - plan->origin;
         start[i] = (int32_t)(first / granule);
         n_groups[i] = (int32_t)lanes_pack(format, axis->weights + i * (size_t)axis->n_taps, (size_t)axis->count[i],
                                           first % granule, weights + i * n_weights);
+    }
+    /* groups that end behind the last column multiply by 0, but not what nobody has written */
+    size_t written = plan->n_columns * format->channel_bytes * (size_t)channels / format->taps;
+    for (size_t unit = 0; unit < lanes_units(format); unit++) {
+        memset(plan->arranged + unit * unit_bytes + written, 0, unit_bytes - written);
     }
 }
 
@@ -294,16 +303,19 @@ static LANES_INLINE void lanes_vertical(const uint8_t *const *src_rows, const in
     }
 }
 
-/* One output of four rows, in 16 bytes: 4 for each row, the pixel first. The fourth byte of an RGB pixel is the next
- * one's, which is written after it; the `last` has no next one. */
-static LANES_INLINE void lanes_store(const uint8_t *pixels, uint8_t *const *dst, size_t offset, int channels, bool last) {
-    for (int r = 0; r < 4; r++) {
-        if (channels == 1) {
-            dst[r][offset] = pixels[r];
-        } else if (channels == 3 && last) {
-            memcpy(dst[r] + offset, pixels + 4 * r, 3);
+/* Up to four outputs, of which `i` is the last, into their rows. Row 4 * q + k has them in the bytes from 16 * q on of
+ * vector k; of a single channel, in the k-th four of these bytes of the only vector. Each row gets 16 bytes, as long as
+ * what is behind its four RGB pixels is to be written later. */
+static LANES_INLINE void lanes_deliver_four(const struct lane_plan *plan, size_t i, uint8_t *const *dst, int channels,
+                                            const uint8_t *vectors, size_t vector_bytes, size_t n_rows) {
+    size_t n = i % 4 + 1, offset = (i + 1 - n) * (size_t)channels, step = channels == 1 ? 4 : vector_bytes;
+    bool whole = n == 4 && (channels != 3 || i + 2 < plan->n_out);
+    for (size_t r = 0; r < n_rows; r++) {
+        const uint8_t *pixels = vectors + r / 4 * 16 + r % 4 * step;
+        if (whole) {
+            memcpy(dst[r] + offset, pixels, channels == 1 ? 4 : 16);
         } else {
-            memcpy(dst[r] + offset, pixels + 4 * r, 4);
+            memcpy(dst[r] + offset, pixels, n * (size_t)channels);
         }
     }
 }

@@ -16,19 +16,6 @@
 /* Outputs are finished as bytes of eight rows, channel by channel, and turned into rows this many at a time. */
 enum { LANES_EIGHT = 8, LANES_CHUNK = 16, LANES_EIGHT_BYTES = LANES_CHUNK * LANES_EIGHT };
 
-static inline void lanes_neon_plan_init(const struct resize_axis *axis, int channels, const struct lane_format *format,
-                                        void *memory) {
-    struct lane_plan *plan = memory;
-    lanes_plan_init(axis, format, memory);
-    plan->unit_bytes = lanes_unit_bytes(axis, channels, format);
-    plan->finished = plan->arranged + lanes_units(format) * plan->unit_bytes;
-    /* groups that end behind the last column multiply by 0, but not what nobody has written */
-    size_t written = plan->n_columns * format->channel_bytes * (size_t)channels / format->taps;
-    for (size_t unit = 0; unit < lanes_units(format); unit++) {
-        memset(plan->arranged + unit * plan->unit_bytes + written, 0, plan->unit_bytes - written);
-    }
-}
-
 /* The rows of the last group of four that the vertical pass multiplies. */
 static inline void lanes_last_rows(const uint8_t *const *src_rows, size_t n_taps, const uint8_t *last[4]) {
     for (size_t k = 0; k < 4; k++) { /* past the end the last row again; its weights are 0 */

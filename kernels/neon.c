@@ -45,14 +45,6 @@ static const struct lane_format format = {.rows = ROWS, .units = EIGHTS, .taps =
                                           .finished_bytes = EIGHTS * LANES_EIGHT_BYTES, .n_words = N_WORDS,
                                           .pack = pack_halves, .n_head = N_PARTS, .head = count_groups};
 
-static size_t plan_size(const struct resize_axis *axis, int channels) {
-    return lanes_plan_size(axis, channels, &format);
-}
-
-static void plan_init(const struct resize_axis *axis, int channels, void *plan) {
-    lanes_neon_plan_init(axis, channels, &format, plan);
-}
-
 static LANES_INLINE int32x4_t low_widened(uint8x16_t bytes) {
     return vreinterpretq_s32_u16(vmovl_u8(vget_low_u8(bytes)));
 }
@@ -196,7 +188,7 @@ static void rows(const uint8_t *const *src_rows, uint8_t *const *dst_rows, size_
                     finish_rgba);
 }
 
-static const struct horizontal_ops horizontal = {.plan_size = plan_size, .plan_init = plan_init, .rows = rows};
+static const struct horizontal_ops horizontal = {.format = &format, .rows = rows};
 
 /* ---- vertical: 48 columns at a time, then 16 ---- */
 

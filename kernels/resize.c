@@ -7,7 +7,7 @@
  * 49 rows, 56 KB instead of 3.5 MB, so the second pass finds its input in cache. The samples are the same. In the same
  * way rows of tiles leave while they are in cache, and a border around the source is never stored.
  */
-#include "kernels.h"
+#include "lanes.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -320,12 +320,12 @@ static bool allocate(struct job *job) {
     job->tap_rows = malloc(n_taps * sizeof *job->tap_rows);
     job->scratch = malloc((n_taps + 8) * sizeof *job->scratch);
     bool ok = job->tap_rows && job->scratch;
-    if (ok && !job->x_axis->identity) {
-        size_t size = job->ops->horizontal->plan_size(job->x_axis, samples);
-        job->plan = malloc(max_size(size, 1));
+    const struct lane_format *format = job->ops->horizontal->format;
+    if (ok && format && !job->x_axis->identity) {
+        job->plan = malloc(lanes_plan_size(job->x_axis, samples, format));
         ok = job->plan != NULL;
         if (ok) {
-            job->ops->horizontal->plan_init(job->x_axis, samples, job->plan);
+            lanes_plan_init(job->x_axis, samples, format, job->plan);
         }
     }
     if (ok && drops_samples(job)) {

@@ -39,20 +39,7 @@ static void rows(const uint8_t *const *src_rows, uint8_t *const *dst_rows, size_
     }
 }
 
-/* The weights are used as they are. */
-static size_t no_plan_size(const struct resize_axis *axis, int channels) {
-    (void)axis;
-    (void)channels;
-    return 0;
-}
-
-static void no_plan(const struct resize_axis *axis, int channels, void *plan) {
-    (void)axis;
-    (void)channels;
-    (void)plan;
-}
-
-static const struct horizontal_ops horizontal = {.plan_size = no_plan_size, .plan_init = no_plan, .rows = rows};
+static const struct horizontal_ops horizontal = {.rows = rows};
 
 static void vertical(const uint8_t *const *src_rows, const int32_t *weights, size_t n_taps, uint8_t *dst_row,
                      size_t n_bytes, int32_t *scratch) {
