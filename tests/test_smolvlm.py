@@ -273,7 +273,7 @@ BROKEN = {
 def test_what_cannot_be_run_is_refused(tmp_path, case):
     name, change, words = BROKEN[case]
     folder = tmp_path / "model"
-    tiny_smolvlm.write(folder, Variant())
+    tiny_smolvlm.copy(Variant(), folder)
     tiny.rewrite_json(folder / name, change if callable(change) else lambda data: {**data, **change})
     with pytest.raises(CheckpointError, match=words):
         convert(folder, tmp_path / "out")
@@ -283,7 +283,7 @@ def test_what_cannot_be_run_is_refused(tmp_path, case):
 def test_the_padding_token_of_another_model_is_ignored(tmp_path):
     """Idefics3-8B's 128002, or any other at the top level: only the decoder's own counts."""
     folder = tmp_path / "model"
-    tiny_smolvlm.write(folder, Variant())
+    tiny_smolvlm.copy(Variant(), folder)
     tiny.rewrite_json(folder / "config.json", lambda data: {**data, "pad_token_id": 7})
     convert(folder, tmp_path / "out", decoder_quant="f32")
     assert "tokenizer.ggml.padding_token_id" not in read_header(tmp_path / "out" / "decoder.gguf").metadata
@@ -294,3 +294,31 @@ def test_the_head_is_the_checkpoints_own(converted):
     names = {tensor.name for tensor in gguf_file.read_tensors(out / "decoder.gguf")}
     assert "output.weight" in names
     assert not torch.equal(reference.lm_head.weight, reference.model.text_model.embed_tokens.weight)
+
+
+def full(data):
+    """As transformers 4 wrote the first files: every default spelled out, and other names of the tower's class."""
+    vision = {**data["vision_config"], "model_type": "siglip_vision_model", "projection_class": "none", "top_k": 50}
+    text = {**data["text_config"], "max_length": 20, "transformers.js_config": {}, "perceiver_config": {"depth": 6}}
+    copies = {key: text[key] for key in ("hidden_size", "vocab_size")}
+    return {**data, **copies, "vision_config": vision, "text_config": text, "freeze_lm_head": True}
+
+
+def nameless(data):
+    return {**data, "vision_config": {key: data["vision_config"][key] for key in data["vision_config"]
+                                      if key != "model_type"}}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [full, nameless])
+def test_other_spellings_of_the_same_model_give_the_same_bytes(tmp_path, change):
+    """Of config.json, and of the tensors' names without the leading `model.`."""
+    folder = tmp_path / "model"
+    tiny_smolvlm.copy(Variant(), folder)
+    convert(folder, tmp_path / "before", decoder_quant="f32", encoder_quant="fp32")
+    tiny.rewrite_json(folder / "config.json", change)
+    tiny.rewrite_tensors(folder, lambda tensors: {k.removeprefix("model."): v for k, v in tensors.items()})
+    convert(folder, tmp_path / "after", decoder_quant="f32", encoder_quant="fp32")
+    for name in ("decoder.gguf", "encoder.onnx", "encoder.onnx.data"):
+        assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes(), name
+    manifests = [json.loads((tmp_path / out / "bundle.json").read_text()) for out in ("before", "after")]
+    assert manifests[0]["spec"] == manifests[1]["spec"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,11 @@ def shared(variant: Variant) -> tuple[Path, Any, Any]:
     """(folder, model, processor) of a checkpoint, made once for all tests. Read-only."""
     folder = Path(_made.name) / f"{variant.kind}-{abs(hash(variant)):x}"
     return folder, *write(folder, variant)
+
+
+def copy(variant: Variant, folder: Path) -> Path:
+    """A copy of a checkpoint that may be changed."""
+    return Path(shutil.copytree(shared(variant)[0], folder))
 
 
 def write(folder: Path, variant: Variant) -> tuple[Any, Any]:
