@@ -220,9 +220,30 @@ def linear(build: Build, states_TND: Any) -> Any:
     return build.graph.op.Add(product, build.graph.weight("fc1.bias", build.connector("fc1.bias")))
 
 
+def pixel_shuffle(build: Build, states_TND: Any) -> Any:
+    """Squares of `scale_factor` x `scale_factor` patches side by side in one row, then one product, always float32.
+
+    With a grid of g x g patches of width D, s = `scale_factor` and q = g / s, the axes of the grid are (square's row,
+    row within it, square's column, column within it), and the two middle ones are exchanged:
+
+        [T, g * g, D] -> [T, q, s, q, s * D] -> [T, q, q, s, s * D] -> [T, q * q, s * s * D]
+    """
+    op, graph, spec = build.graph.op, build.graph, build.vision.encoder
+    side, factor = int((spec.n_tokens * spec.scale_factor**2) ** 0.5), spec.scale_factor
+    squares = side // factor
+    split = op.Reshape(states_TND, _int64(graph, "split", [0, squares, factor, squares, factor * spec.hidden]))
+    grouped = op.Transpose(split, perm=[0, 1, 3, 2, 4])
+    features = op.Reshape(grouped, _int64(graph, "join", [0, spec.n_tokens, factor * factor * spec.hidden]))
+    return build.exact_product(features, "fc1.weight", build.connector("fc1.weight").T)
+
+
 def _int64(graph: Graph, name: str, numbers: list[int]) -> Any:
     return graph.weight(name, np.array(numbers, np.int64))
 
 
 TOWERS: dict[str, Callable[[Build, Any], Any]] = {"siglip": siglip, "clip": clip}
-CONNECTORS: dict[str, Callable[[Build, Any], Any]] = {"mlp": mlp, "linear": linear}
+CONNECTORS: dict[str, Callable[[Build, Any], Any]] = {
+    "mlp": mlp,
+    "linear": linear,
+    "pixel_shuffle": pixel_shuffle,
+}

@@ -106,18 +106,18 @@ def resolve(
         vocab=text.size("vocab_size"),
         context_length=text.size("max_position_embeddings"),
     )
-    vision, image_token = None, None
+    vision, image_token, tile_texts = None, None, None
     if family.vision is not None:
         assert processor is not None
         vision = _resolve_vision(family, family.vision, top, processor, n_embd=decoder.n_embd)
-        image_token = _image_token(family.vision, top, tokens)
+        image_token, tile_texts = _image_token(family.vision, top, tokens), family.vision.tile_texts
     spec = ModelSpec(
         name=name,
         family=family.name,
         image=vision.image if vision else None,
         encoder=vision.encoder if vision else None,
         decoder=decoder,
-        prompt=PromptSpec(image_token=image_token),
+        prompt=PromptSpec(image_token=image_token, tile_texts=tile_texts),
     )
     _check_ranges(spec)
     llama = _resolve_llama(top, text)
@@ -135,7 +135,7 @@ def _sections(family: Family, config: Mapping[str, Any]) -> tuple[Section, Secti
     top = Section("config.json", config, family.keys, *connector)
     text_data = top.get(family.text_section)
     _check_decoder_kind(family, f"config.json: {family.text_section}", text_data)
-    return top, Section(f"config.json: {family.text_section}", text_data, family.decoder.keys)
+    return top, Section(f"config.json: {family.text_section}", text_data, family.decoder.keys, family.text_keys)
 
 
 def _check_ranges(spec: ModelSpec) -> None:
@@ -168,7 +168,7 @@ def _vision_sizes(vision: ResolvedVision) -> dict[str, int]:
         "intermediate": encoder.intermediate,
         "patch": encoder.patch_px,
         "positions": vision.positions,
-        "features": encoder.hidden,
+        "features": encoder.hidden * encoder.scale_factor**2,
         "post_norm": int(encoder.post_norm),
         "connector_bias": int(vision.connector_bias),
     }
@@ -204,7 +204,7 @@ def _resolve_vision(
 def _find_tower(family: Family, declared: Vision, data: Any) -> Tower:
     found = data.get("model_type") if isinstance(data, dict) else None
     for tower in declared.towers:
-        if tower.model_type == found:
+        if found == tower.model_type or (found or "") in tower.aliases:
             return tower
     supported = ", ".join(tower.model_type for tower in declared.towers)
     raise unsupported(f"{declared.section}.model_type is {found!r}; the family {family.name} supports {supported}")
@@ -216,6 +216,11 @@ def _resolve_encoder(
     hidden, heads = vision.size("hidden_size"), vision.size("num_attention_heads")
     if hidden % heads:
         raise invalid(f"{vision.where}: {heads} attention heads do not divide the width {hidden}")
+    factor = top.size("scale_factor") if "scale_factor" in declared.connector.keys.read else 1
+    grid = vision.size("image_size") // vision.size("patch_size")
+    if grid % factor:
+        raise invalid(f"config.json: scale_factor {factor} does not divide the tower's grid of {grid}x{grid} patches")
+    n_tokens //= factor**2
     said = top.get("image_seq_length") if "image_seq_length" in family.keys.read else None
     if said is not None and (type(said), said) != (int, n_tokens):
         raise invalid(f"config.json says image_seq_length {said!r}, the tower gives {n_tokens} positions")
@@ -234,6 +239,7 @@ def _resolve_encoder(
         connector_activation=top.activation("projector_hidden_act") if has_activation else "gelu",
         n_tokens=n_tokens,
         n_embd=n_embd,
+        scale_factor=factor,
     )
 
 
@@ -271,6 +277,9 @@ def _image_token(declared: Vision, top: Section, tokens: Mapping[int, str]) -> s
         raise invalid(f"config.json names no image token; it needs one of {', '.join(declared.image_token)}")
     if found not in tokens:
         raise invalid(f"config.json says the image token has id {found}, which the tokenizer does not have")
+    missing = set(declared.control_tokens) - set(tokens.values())
+    if missing:
+        raise invalid(f"the tokenizer lacks {', '.join(sorted(missing))}, which stands around every picture")
     return tokens[found]
 
 
@@ -294,7 +303,7 @@ def _resolve_llama(top: Section, text: Section) -> LlamaSizes:
         tied=top.flag("tie_word_embeddings") or text.flag("tie_word_embeddings"),
         bos=text.token_id("bos_token_id"),
         eos=text.token_id("eos_token_id"),
-        pad=top.token_id("pad_token_id") if pad is None else pad,
+        pad=top.token_id("pad_token_id") if pad is None and top.reads("pad_token_id") else pad,
     )
 
 

@@ -26,6 +26,8 @@ def resolve_image(processors: tuple[Processor, ...], data: Mapping[str, Any], *,
     """
     processor = _find(processors, data)
     section = Section("preprocessor_config.json", data, processor.keys)
+    if processor.tiles:
+        return _resolve_tiles(section, side_px=side_px)
     crops, pads = section.flag("do_center_crop"), section.flag("do_pad")
     if pads and not processor.pads:
         raise unsupported(f"{section.where}: {processor.names[0]} does not honour do_pad")
@@ -46,6 +48,31 @@ def resolve_image(processors: tuple[Processor, ...], data: Mapping[str, Any], *,
         std=std,
         pad_rgb=tuple(int(channel * 255) for channel in mean) if pads else None,  # type: ignore[arg-type]
     )
+
+
+def _resolve_tiles(section: Section, *, side_px: int) -> ImageSpec:
+    """Idefics3's way: tiles of `max_image_size`, cut from a picture whose longer side is `size`."""
+    tile_px, longest_px = _longest_edge(section, "max_image_size"), _longest_edge(section, "size")
+    if tile_px != side_px:
+        raise invalid(f"{section.where} makes tiles of {tile_px}x{tile_px}, the tower takes {side_px}x{side_px}")
+    return ImageSpec(
+        policy="tiles" if section.flag("do_image_splitting") else "longest_stretch",
+        height_px=tile_px,
+        width_px=tile_px,
+        longest_px=longest_px,
+        resample=section.choice("resample", _RESAMPLES),
+        rescale=section.number("rescale_factor"),
+        mean=_triple(section, "image_mean"),
+        std=_triple(section, "image_std"),
+    )
+
+
+def _longest_edge(section: Section, key: str) -> int:
+    found = section.get(key)
+    value = found["longest_edge"] if isinstance(found, dict) and set(found) == {"longest_edge"} else None
+    if type(value) is not int or value < 1:
+        raise unsupported(f"{section.where}: {key} is {str(found)[:80]}, only a longest_edge can be used")
+    return value
 
 
 def _find(processors: tuple[Processor, ...], data: Mapping[str, Any]) -> Processor:

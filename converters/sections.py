@@ -47,6 +47,10 @@ class Section:
             raise invalid(f"{self.where} lacks {key}")
         return value
 
+    def reads(self, key: str) -> bool:
+        """Whether the key is one that is read here at all."""
+        return key in self._defaults
+
     def default(self, key: str) -> Any:
         """What the Hugging Face class uses when the key is absent."""
         return self._defaults[key]

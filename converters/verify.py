@@ -34,7 +34,10 @@ def encoder_fidelity(int8_path: Path, fp32_path: Path, image: ImageSpec, spec: E
         float32 embeddings), and what they were measured on.
     """
     tiles_TCHW = calibration.tiles(image)
-    reference_TND, found_TND = (_encode(path, spec, tiles_TCHW) for path in (fp32_path, int8_path))
+    # one by one, as the runtime does
+    reference_TND, found_TND = (
+        Encoder(path, spec, threads=1).encode_each(tiles_TCHW) for path in (fp32_path, int8_path)
+    )
     cosine_TN = cosines(reference_TND, found_TND)
     return {
         "against": "the float32 graph of the same weights",
@@ -43,12 +46,6 @@ def encoder_fidelity(int8_path: Path, fp32_path: Path, image: ImageSpec, spec: E
         "cosine_min": _cosine(float(cosine_TN.min())),
         "relative_error": _significant(relative_error(reference_TND, found_TND), 2),
     }
-
-
-def _encode(path: Path, spec: EncoderSpec, tiles_TCHW: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Each picture on its own, as the runtime does: int8 activations share one scale over all that is encoded."""
-    encoder = Encoder(path, spec, threads=1)
-    return np.concatenate([encoder.encode(tile_CHW[None]) for tile_CHW in tiles_TCHW])
 
 
 def cosines(a_TND: NDArray[np.float32], b_TND: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -65,6 +65,20 @@ class Encoder:
             raise BackendError("the encoder gave numbers that are not finite", code="backend.failed")
         return embeds_TND  # type: ignore[no-any-return]
 
+    def encode_each(self, tiles_TCHW: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Encode tiles one after the other; arguments, result and errors are those of `encode`.
+
+        This is how pictures are encoded. What int8 activations lose does not depend on the neighbours, as all that is
+        encoded at once shares one scale; and memory does not grow with the tiles: the attention weights of SigLIP-B/16
+        at 512 pixels take 50 MB for each. Tiles never see each other, so nothing else changes.
+        """
+        import numpy as np
+
+        embeds_TND = np.empty((len(tiles_TCHW), self.spec.n_tokens, self.spec.n_embd), dtype=np.float32)
+        for i in range(len(tiles_TCHW)):
+            embeds_TND[i : i + 1] = self.encode(tiles_TCHW[i : i + 1])
+        return embeds_TND
+
 
 def _open_session(path: Path, threads: int) -> Any:
     try:

@@ -191,7 +191,7 @@ class Model:
         _, encoder = self._vision()
         tiles_TCHW = self._pixels(image_HWC, timings)
         with timings.measure("encode_s"):
-            embeds_TND = encoder.encode(tiles_TCHW)
+            embeds_TND = encoder.encode_each(tiles_TCHW)
         return embeds_TND.reshape(-1, embeds_TND.shape[-1])
 
     def _vision(self) -> tuple[ImageSpec, Encoder]:

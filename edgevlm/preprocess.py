@@ -1,7 +1,8 @@
-"""From a picture to the encoder's input: a plan of pure numbers, then one kernel call.
+"""From a picture to the encoder's input: a plan of pure numbers, then one kernel call (a few for tiles).
 
 Bit-equal with the PIL back end of the reference processors (transformers 5.23: `SiglipImageProcessorPil`,
-`CLIPImageProcessorPil`, `LlavaImageProcessorPil`), whose resize is Pillow's. Nothing in here decodes files.
+`CLIPImageProcessorPil`, `LlavaImageProcessorPil`, `SmolVLMImageProcessorPil`, `Idefics3ImageProcessorPil`), whose
+resize is Pillow's. Nothing in here decodes files.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from edgevlm import kernels
 from edgevlm.errors import BundleError, ImageError
+from edgevlm.tiling import plan_tiles
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,6 +47,8 @@ class ImagePlan:
 
 def plan_image(height: int, width: int, spec: ImageSpec) -> ImagePlan:
     """Plan the way of a `height` x `width` picture into one tile of `spec.height_px` x `spec.width_px`.
+
+    For the policies that make one tile in one resize; `edgevlm.tiling.plan_tiles` is for the others.
 
     Raises:
         BundleError: `bundle.invalid`, the spec lacks a number that its policy needs.
@@ -91,7 +95,8 @@ def preprocess(image_HWC: NDArray[np.uint8], spec: ImageSpec) -> NDArray[np.floa
         spec: Policy, sizes and normalization of the model.
 
     Returns:
-        `tiles_TCHW`: float32, (1, 3, spec.height_px, spec.width_px), C-contiguous. All present policies make one tile.
+        `tiles_TCHW`: float32, (T, 3, spec.height_px, spec.width_px), C-contiguous. T is 1, or what
+        `edgevlm.tiling.plan_tiles` says for the policy `tiles`: the grid row by row, then the whole picture.
 
     Raises:
         ImageError: `image.array`, `image_HWC` is not a uint8 RGB array.
@@ -102,6 +107,8 @@ def preprocess(image_HWC: NDArray[np.uint8], spec: ImageSpec) -> NDArray[np.floa
     if not isinstance(image_HWC, np.ndarray) or image_HWC.ndim != 3 or image_HWC.shape[2] != 3:
         found = getattr(image_HWC, "shape", type(image_HWC).__name__)
         raise ImageError(f"preprocess needs a uint8 array (H, W, 3), found {found}", code="image.array")
+    if spec.policy in ("tiles", "longest_stretch"):
+        return _preprocess_twice(image_HWC, spec)
     height, width, _ = image_HWC.shape
     plan = plan_image(height, width, spec)
 
@@ -116,6 +123,36 @@ def preprocess(image_HWC: NDArray[np.uint8], spec: ImageSpec) -> NDArray[np.floa
         border_colour=_needed(spec.pad_rgb, "pad_rgb", spec) if spec.policy == "pad_square" else None,
         canvas=(spec.height_px, spec.width_px, plan.tile_top, plan.tile_left),
         lut_C256=_lookup_table(spec.rescale, spec.mean, spec.std),
+    )
+    return tiles_TCHW
+
+
+def _preprocess_twice(image_HWC: NDArray[np.uint8], spec: ImageSpec) -> NDArray[np.float32]:
+    """Two resizes in a row, as the reference does them: the rounding to 8 bits between them is visible in the result.
+
+    The tiles are cut, and the whole picture is reduced, from the second one's result; it is one picture of the size of
+    all tiles, in bytes, and the only thing that is stored beside the tiles.
+    """
+    import numpy as np
+
+    plan = plan_tiles(image_HWC.shape[0], image_HWC.shape[1], spec)
+    lut_C256 = _lookup_table(spec.rescale, spec.mean, spec.std)
+    first_HWC = kernels.resize(image_HWC, plan.first_height, plan.first_width, spec.resample)
+    tiles_TCHW = np.empty((plan.n_tiles, 3, spec.height_px, spec.width_px), dtype=np.float32)
+    last_HWC = first_HWC
+    if plan.rows:
+        size = (plan.last_height, plan.last_width)
+        last_HWC = first_HWC if first_HWC.shape[:2] == size else kernels.resize(first_HWC, *size, spec.resample)
+        kernels.resize_tiles(
+            last_HWC,
+            *size,  # its own size: nothing is resampled, the samples only go to their tiles
+            spec.resample,
+            tile=(spec.height_px, spec.width_px),
+            lut_C256=lut_C256,
+            out_TCHW=tiles_TCHW[:-1],
+        )
+    kernels.resize_tiles(
+        last_HWC, spec.height_px, spec.width_px, spec.resample, lut_C256=lut_C256, out_TCHW=tiles_TCHW[-1:]
     )
     return tiles_TCHW
 

@@ -6,6 +6,7 @@ literals of control tokens inside it are shielded before rendering and never bec
 
 from __future__ import annotations
 
+import functools
 import re
 import secrets
 from dataclasses import dataclass
@@ -80,6 +81,8 @@ def render(messages: list[Message], form: PromptFormat) -> list[Piece]:
     shield = _Shield(form)
     n_images = sum(part["type"] == "image" for message in messages for part in _parts(message))
     shielded = [shield.message(message) for message in messages]
+    if _ignores_strings(form.template, form.bos, form.eos):
+        shielded = [{**message, "content": _parts(message)} for message in shielded]
     try:
         pieces = shield.split(render_template(form.template, shielded, bos=form.bos, eos=form.eos))
     except EdgeVLMError:
@@ -96,6 +99,20 @@ def render(messages: list[Message], form: PromptFormat) -> list[Piece]:
             code="capability.no_template",
         )
     return pieces
+
+
+@functools.lru_cache(maxsize=8)
+def _ignores_strings(template: str, bos: str, eos: str) -> bool:
+    """Whether a template prints texts only as parts of a list; SmolVLM's prints nothing for a plain text, silently."""
+    word = "edgevlm"
+
+    def printed(content: str | list[dict[str, str]]) -> bool:
+        try:
+            return word in render_template(template, [{"role": "user", "content": content}], bos=bos, eos=eos)
+        except Exception:  # whatever the template's own code provokes; the real conversation meets it again
+            return False
+
+    return not printed(word) and printed([{"type": "text", "text": word}])
 
 
 def _parts(message: Message) -> list[dict[str, Any]]:

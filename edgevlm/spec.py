@@ -19,8 +19,11 @@ from edgevlm.errors import BundleError
 #: How a picture of any size becomes `height_px` x `width_px`:
 #: `stretch` resizes without regard to the aspect ratio (SigLIP);
 #: `shortest_crop` resizes the shorter side to `shortest_px`, then cuts the centre (CLIP, llava-hf);
-#: `pad_square` pads to a square with `pad_rgb`, then as `shortest_crop` (the original LLaVA 1.5).
-ImagePolicy = Literal["stretch", "shortest_crop", "pad_square"]
+#: `pad_square` pads to a square with `pad_rgb`, then as `shortest_crop` (the original LLaVA 1.5);
+#: `tiles` resizes the longer side to `longest_px`, then both sides up to whole tiles, cuts them, and puts a tile of the
+#: whole picture behind them (SmolVLM, Idefics3);
+#: `longest_stretch` resizes the longer side to `longest_px`, then as `stretch` (the same, told not to split).
+ImagePolicy = Literal["stretch", "shortest_crop", "pad_square", "tiles", "longest_stretch"]
 Resample = Literal["box", "bilinear", "hamming", "bicubic", "lanczos"]
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 
@@ -46,6 +49,7 @@ class ImageSpec:
     height_px: int = _between(1, 4096)
     width_px: int = _between(1, 4096)
     shortest_px: int | None = _maybe_between(1, 8192)
+    longest_px: int | None = _maybe_between(1, 8192)
     resample: Resample
     rescale: float = _between(1e-9, 1e9)
     mean: tuple[float, float, float] = _between(-1e9, 1e9)
@@ -57,11 +61,12 @@ class ImageSpec:
 class EncoderSpec:
     """Vision tower and connector, as one graph from `pixels_TCHW` (float32) to `embeds_TND` (float32).
 
-    `n_tokens` embeddings of width `n_embd` come out for each tile; `layers` counts the blocks that really run.
+    `n_tokens` embeddings of width `n_embd` come out for each tile; `layers` counts the blocks that really run. The
+    connector `pixel_shuffle` joins `scale_factor` x `scale_factor` patches into each embedding.
     """
 
     tower: Literal["siglip", "clip"]
-    connector: Literal["linear", "mlp"]
+    connector: Literal["linear", "mlp", "pixel_shuffle"]
     layers: int = _between(0, 512)
     hidden: int = _between(1, 65536)
     heads: int = _between(1, 1024)
@@ -73,6 +78,7 @@ class EncoderSpec:
     connector_activation: Activation
     n_tokens: int = _between(1, 1 << 16)
     n_embd: int = _between(1, 65536)
+    scale_factor: int = field(default=1, metadata={"range": (1, 64)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,13 +93,31 @@ class DecoderSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TileTexts:
+    """What stands between the embeddings of a picture's tiles; control tokens in it count.
+
+    For each tile of the grid, row by row: `tile`, in which `{row}` and `{column}` count from 1, and its embeddings;
+    after each row `row_end`, after all of them `grid_end`. Then `whole`, the embeddings of the whole picture, and
+    `end`; a picture that was not cut has only these.
+    """
+
+    tile: str
+    row_end: str
+    grid_end: str
+    whole: str
+    end: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class PromptSpec:
     """Literals of the prompt. The chat template itself travels in the GGUF file.
 
-    `image_token` is what the template prints where a picture goes; all of a picture's embeddings replace it.
+    `image_token` is what the template prints where a picture goes; all of a picture's embeddings replace it, with
+    `tile_texts` between them if the model was trained with such.
     """
 
     image_token: str | None = None
+    tile_texts: TileTexts | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

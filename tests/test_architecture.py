@@ -27,7 +27,7 @@ REFERENCES = {"torch", "transformers", "tokenizers", "safetensors"}
 BASE = {"errors", "files", "spec", "machine", "options", "answer", "text"}
 STAGES = {"_arrays", "_kernels", "bundle", "decoder", "encoder", "frames", "generate", "gguf", "gguf_llama", "image",
           "kernels", "layout", "llama", "preprocess", "prompt", "sampling", "splice", "storage",
-          "template"}  # fmt: skip
+          "template", "tiling"}  # fmt: skip
 CONVERTERS_MAY = {"errors", "files", "spec", "bundle", "storage", "llama", "encoder", "families", "gguf"}
 
 

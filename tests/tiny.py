@@ -88,7 +88,19 @@ def write(folder: Path, variant: Variant) -> transformers.LlavaForConditionalGen
         multimodal_projector_bias=variant.bias,
     )
     model = transformers.LlavaForConditionalGeneration(config).eval()
-    with torch.no_grad():  # the default initialisation is so small that wrong mathematics would hide in it
+    randomise(model)
+    model.to(variant.dtype).save_pretrained(folder)
+    _processor(variant).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\nbase_model: tiny/random\n---\n# Tiny\n")
+    # Read back rather than widened in place: `.to` also rounds the rotary frequencies, which no checkpoint stores.
+    return transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def randomise(model: Any) -> None:
+    """Fill a model: the default initialisation is so small that wrong mathematics would hide in it."""
+    with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name and name.endswith("weight"):
                 parameter.copy_(1 + 0.2 * torch.randn_like(parameter))
@@ -98,13 +110,6 @@ def write(folder: Path, variant: Variant) -> transformers.LlavaForConditionalGen
                 tables = {"position_embedding": 0.02, "embed_tokens": 0.3}
                 spread = next((value for key, value in tables.items() if key in name), None)
                 parameter.normal_(0, spread or 1.2 / parameter[0].numel() ** 0.5)
-    model.to(variant.dtype).save_pretrained(folder)
-    _processor(variant).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-    (folder / "README.md").write_text("---\nlicense: apache-2.0\nbase_model: tiny/random\n---\n# Tiny\n")
-    # Read back rather than widened in place: `.to` also rounds the rotary frequencies, which no checkpoint stores.
-    return transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def _vision(variant: Variant) -> Any:

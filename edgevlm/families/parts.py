@@ -15,6 +15,18 @@ BOOKKEEPING = (
     "_attn_implementation_autoset", "_commit_hash", "attn_implementation", "_attn_implementation",
 )  # fmt: skip
 
+#: What transformers 4 wrote into every section beside that: mostly defaults of text generation.
+OLD_BOOKKEEPING = (
+    "_flash_attn_2_enabled", "add_cross_attention", "bad_words_ids", "begin_suppress_tokens",
+    "chunk_size_feed_forward", "cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty",
+    "do_sample", "early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty",
+    "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "length_penalty", "max_length", "min_length",
+    "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_scores", "prefix",
+    "pruned_heads", "remove_invalid_values", "repetition_penalty", "return_dict_in_generate", "sep_token_id",
+    "suppress_tokens", "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p",
+    "typical_p", "transformers.js_config",
+)  # fmt: skip
+
 _BLOCK = {
     "encoder.layers.{i}.layer_norm1.weight": Weight("blk.{i}.ln1.weight", ("hidden",)),
     "encoder.layers.{i}.layer_norm1.bias": Weight("blk.{i}.ln1.bias", ("hidden",)),
@@ -40,6 +52,12 @@ _POST_NORM = {
     "post_layernorm.bias": Weight("post_norm.bias", ("hidden",), when="post_norm"),
 }
 
+_PATCHES = {
+    "embeddings.patch_embedding.weight": Weight("patch.weight", ("hidden", "channels", "patch", "patch")),
+    "embeddings.patch_embedding.bias": Weight("patch.bias", ("hidden",)),
+    "embeddings.position_embedding.weight": Weight("position.weight", ("positions", "hidden")),
+}
+
 SIGLIP = Tower(
     kind="siglip",
     model_type="siglip_vision_model",
@@ -59,14 +77,41 @@ SIGLIP = Tower(
         ignored=(*BOOKKEEPING, "vision_use_head", "projection_dim", "vocab_size"),
     ),
     weights={
-        "embeddings.patch_embedding.weight": Weight("patch.weight", ("hidden", "channels", "patch", "patch")),
-        "embeddings.patch_embedding.bias": Weight("patch.bias", ("hidden",)),
-        "embeddings.position_embedding.weight": Weight("position.weight", ("positions", "hidden")),
+        **_PATCHES,
         **_BLOCK,
         **_POST_NORM,
     },
     unused=("embeddings.position_ids", "head.*", "post_layernorm.*"),
 )
+
+# SigLIP under another configuration class, which is used whatever `model_type` says. Its positions are computed from
+# the picture's size; for whole tiles, the only ones that exist, they are the table's own order.
+IDEFICS3 = Tower(
+    kind="siglip",
+    model_type="idefics3_vision",
+    aliases=("smolvlm_vision", "idefics3", "smolvlm", "siglip_vision_model", ""),
+    class_token=0,
+    keys=Keys(
+        read={
+            "hidden_size": 1152,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 16,
+            "image_size": 224,
+            "patch_size": 32,
+            "layer_norm_eps": 1e-6,
+            "hidden_act": "gelu_pytorch_tanh",
+        },
+        fixed={"num_channels": (3,)},
+        # the sizes of pictures are the image processor's to say
+        ignored=(
+            *BOOKKEEPING, *OLD_BOOKKEEPING, "size", "max_image_size", "use_base_siglip", "tie_word_embeddings",
+            "projection_class", "ignore_index", "pad_token_id", "vision_use_head", "projection_dim",
+        ),
+    ),
+    weights={**_PATCHES, **_BLOCK, **_POST_NORM},
+    unused=("embeddings.position_ids",),
+)  # fmt: skip
 
 CLIP = Tower(
     kind="clip",
@@ -107,6 +152,12 @@ MLP = Part(
         "linear_2.weight": Weight("fc2.weight", ("n_embd", "n_embd")),
         "linear_2.bias": Weight("fc2.bias", ("n_embd",), when="connector_bias"),
     },
+)
+
+PIXEL_SHUFFLE = Part(
+    kind="pixel_shuffle",
+    keys=Keys(read={"scale_factor": 2}),
+    weights={"proj.weight": Weight("fc1.weight", ("n_embd", "features"))},
 )
 
 LINEAR = Part(
@@ -205,4 +256,22 @@ LLAVA_PROCESSOR = Processor(
     names=("LlavaImageProcessor",),
     pads=True,
     keys=Keys(read=_CLIP_DEFAULTS, fixed=_SWITCHES, ignored=_PROCESSOR_BOOKKEEPING),
+)
+IDEFICS3_PROCESSOR = Processor(
+    names=("Idefics3ImageProcessor", "SmolVLMImageProcessor"),
+    tiles=True,
+    keys=Keys(
+        read={
+            "size": {"longest_edge": 1456},
+            "max_image_size": {"longest_edge": 364},
+            "do_image_splitting": True,
+            "resample": 1,
+            "rescale_factor": 1 / 255,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+        },
+        fixed=_SWITCHES,
+        # all tiles have one size, so there is nothing to pad
+        ignored=(*_PROCESSOR_BOOKKEEPING, "do_pad", "return_row_col_info", "video_sampling"),
+    ),
 )

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from edgevlm.spec import TileTexts
+
 
 class _Required:
     """The type of `REQUIRED`, the default of a key that has none."""
@@ -72,10 +74,14 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Tower(Part):
-    """A vision tower. `model_type` is what `vision_config.model_type` says; `class_token` is 1 if one leads."""
+    """A vision tower. `model_type` is what `vision_config.model_type` says; `class_token` is 1 if one leads.
+
+    `aliases` are further values of `model_type`, for families that never ask it; an empty one stands for no such key.
+    """
 
     model_type: str
     class_token: int
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,11 +91,13 @@ class Processor:
     Attributes:
         names: Class names, without the suffixes `Fast` and `Pil`.
         pads: Whether it honours `do_pad` (to a square, in the mean colour).
+        tiles: Whether it cuts pictures into tiles of `max_image_size`, unless `do_image_splitting` is false.
         keys: Keys of preprocessor_config.json; `read` holds the class's defaults.
     """
 
     names: tuple[str, ...]
     pads: bool = False
+    tiles: bool = False
     keys: Keys
 
 
@@ -107,6 +115,8 @@ class Vision:
         feature_strategy: The key that says `default` (the first position is cut off) or `full`, or such a literal.
         post_norm: Whether the tower's last norm follows the selected state.
         image_token: Keys, in order of preference, of the id of the token that stands for a picture.
+        tile_texts: What stands between the tiles of a picture; None if nothing does.
+        control_tokens: Texts in `tile_texts` that must be tokens of their own.
     """
 
     section: str
@@ -119,6 +129,8 @@ class Vision:
     feature_strategy: str | Literal["default", "full"]
     post_norm: bool = False
     image_token: tuple[str, ...]
+    tile_texts: TileTexts | None = None
+    control_tokens: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +141,7 @@ class Family:
         hf_architectures: Values of `architectures` in config.json.
         keys: Top-level keys of config.json; with `text_section` None those that are not the decoder's.
         text_section: Name of the decoder's section; None if its keys are config.json's own.
+        text_keys: Keys of that section beyond those of `decoder`.
         decoder_prefixes, head_prefixes: As a tower's.
         vision: None for a family that knows text only.
     """
@@ -137,6 +150,7 @@ class Family:
     hf_architectures: tuple[str, ...]
     keys: Keys
     text_section: str | None
+    text_keys: Keys = Keys()
     decoder: Part
     decoder_prefixes: tuple[str, ...]
     head_prefixes: tuple[str, ...]
