@@ -21,7 +21,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgevlm.converters.checkpoint import Checkpoint
-from edgevlm.converters.pretokenizers import WHOLE_WORDS_FIRST, prepends_space, recognise, steps_of
+from edgevlm.converters.pretokenizers import (
+    DIGITS_TOGETHER,
+    WHOLE_WORDS_FIRST,
+    check_digits,
+    prepends_space,
+    recognise,
+    steps_of,
+)
 from edgevlm.converters.sections import invalid, unsupported
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # enum llama_token_type
@@ -94,6 +101,8 @@ def read_vocabulary(checkpoint: Checkpoint, *, rows: int, ids: Mapping[str, int 
     pre = recognise(pre_steps) if byte_level else "default"
     if byte_level:
         _check_whole_words(plain, merges, wanted=pre in WHOLE_WORDS_FIRST, found=model.get("ignore_merges") is True)
+    if pre in DIGITS_TOGETHER:
+        check_digits(left + right for left, right in merges)
     tokens, types = _lay_out(texts, added, rows, unknown=model.get("unk_token"), bytes_are_tokens=not byte_level)
     special, stops = _special_ids(checkpoint, settings, {text: index for index, text in texts.items()}, ids)
     add_bos, add_eos = _bracketing(data, {role: texts[index] for role, index in special.items()})

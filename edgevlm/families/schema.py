@@ -130,6 +130,7 @@ class Family:
         keys: Top-level keys of config.json; with `text_section` None those that are not the decoder's.
         text_section: Name of the decoder's section; None if its keys are config.json's own.
         decoder_prefixes, head_prefixes: As a tower's.
+        decoder_model_types: Values of `model_type` beside the decoder's keys.
         vision: None for a family that knows text only.
     """
 
@@ -140,4 +141,5 @@ class Family:
     decoder: Part
     decoder_prefixes: tuple[str, ...]
     head_prefixes: tuple[str, ...]
+    decoder_model_types: tuple[str, ...] = ("llama",)
     vision: Vision | None = None
