@@ -43,9 +43,7 @@ def test_a_family_file_only_declares(path):
 
 def test_families_are_found_by_their_architecture():
     assert families.find(["LlavaForConditionalGeneration"]).name == "llava"
-    with pytest.raises(
-        CheckpointError, match="supported are LlamaForCausalLM, LlavaFor"
-    ) as caught:
+    with pytest.raises(CheckpointError, match="supported are LlamaForCausalLM, LlavaFor") as caught:
         families.find(["MambaForCausalLM"])
     assert caught.value.code == "checkpoint.unsupported"
 

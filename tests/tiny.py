@@ -162,7 +162,7 @@ def _processor(variant: Variant) -> Any:
     return transformers.CLIPImageProcessor(size={"shortest_edge": SIDE_PX}, crop_size=crop)
 
 
-def make_tokenizer(kind: str) -> transformers.PreTrainedTokenizerFast:
+def make_tokenizer(kind: str, corpus: list[str] = CORPUS * 4, size: int = 480) -> transformers.PreTrainedTokenizerFast:
     """Train a small tokenizer: `llama-bpe`, `smollm`, `gpt-2`, `deepseek-llm` (byte-level), `spm` (byte fallback)."""
     spm = kind == "spm"
     model = (
@@ -178,7 +178,7 @@ def make_tokenizer(kind: str) -> transformers.PreTrainedTokenizerFast:
             [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
         )
         first = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
-        trainer = tokenizers.trainers.BpeTrainer(vocab_size=480, special_tokens=first, show_progress=False)
+        trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, special_tokens=first, show_progress=False)
     else:
         split = pre.Split(tokenizers.Regex(LLAMA3_REGEX), "isolated")
         tokenizer.pre_tokenizer = {
@@ -195,9 +195,9 @@ def make_tokenizer(kind: str) -> transformers.PreTrainedTokenizerFast:
         }[kind]
         tokenizer.decoder = decoders.ByteLevel()
         trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=480, initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False
+            vocab_size=size, initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False
         )
-    tokenizer.train_from_iterator(CORPUS * 4, trainer)
+    tokenizer.train_from_iterator(corpus, trainer)
     bos, eos = ("<s>", "</s>") if spm else ("<|begin|>", "<|end|>")
     if spm:
         _clear_added(tokenizer)

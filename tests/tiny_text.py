@@ -8,6 +8,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import nasty
 import tiny
 import torch
 import transformers
@@ -27,6 +28,7 @@ class TextVariant:
     window: int | None = None
     dtype: torch.dtype = torch.float32
     old_spelling: bool = False
+    nasty: bool = False
 
 
 VARIANTS = {
@@ -57,7 +59,7 @@ def shared(variant: TextVariant) -> tuple[Path, transformers.PreTrainedModel]:
 def write(folder: Path, variant: TextVariant) -> transformers.PreTrainedModel:
     """Write a checkpoint and return the model that it holds (float32, evaluation mode)."""
     torch.manual_seed(11)
-    tokenizer = tiny.make_tokenizer(variant.tokenizer)
+    tokenizer = nasty.make_tokenizer(variant.tokenizer) if variant.nasty else tiny.make_tokenizer(variant.tokenizer)
     make_config, make_model = _CLASSES[variant.kind]
     more = {"sliding_window": variant.window} if variant.kind == "mistral" else {}
     config = make_config(
