@@ -2,7 +2,7 @@
 
 checkpoint.py   the folder: JSON files, tensors (safetensors.py)
 resolve.py      family + JSON -> every number            mapping.py       every tensor -> its place
-tokenizer.py    tokenizer.json -> GGUF keys              gguf_decoder.py  the decoder's file (gguf_file.py, quant.py)
+tokenizer.py    tokenizer files -> GGUF keys             gguf_decoder.py  the decoder's file (gguf_file.py, quant.py)
 onnx_vision.py  the encoder's graph (onnx_graph.py)      verify.py        what it cost (calibration.py)
 loadable.py     the decoder's file, as the runtime sees it
 """
@@ -28,7 +28,7 @@ from edgevlm.converters.onnx_vision import EncoderQuant, build_encoder
 from edgevlm.converters.provenance import general_keys, provenance
 from edgevlm.converters.quant import Recipe
 from edgevlm.converters.resolve import Resolved, ResolvedVision, resolve
-from edgevlm.converters.tokenizer import Vocabulary, read_vocabulary, token_texts
+from edgevlm.converters.tokenizer import Vocabulary, read_tokens, read_vocabulary
 from edgevlm.converters.weights import as_float32
 from edgevlm.errors import CheckpointError, StorageError, UsageError
 from edgevlm.families.schema import Family
@@ -136,12 +136,12 @@ class _Model:
 def _read(folder: Path, name: str, known_families: tuple[Family, ...] | None) -> _Model:
     checkpoint = open_checkpoint(folder)
     family = families.find(_architectures(checkpoint), known_families)
-    tokens = token_texts(checkpoint)
+    tokens = read_tokens(checkpoint)
     processor = checkpoint.image_processor() if family.vision else None
-    resolved = resolve(family, checkpoint.config, processor, tokens, name=name)
+    resolved = resolve(family, checkpoint.config, processor, tokens.texts, name=name)
     llama = resolved.llama
     ids = {"bos": llama.bos, "eos": llama.eos, "padding": llama.pad}
-    vocabulary = read_vocabulary(checkpoint, rows=resolved.spec.decoder.vocab, ids=ids)
+    vocabulary = read_vocabulary(checkpoint, tokens, rows=resolved.spec.decoder.vocab, ids=ids)
     return _Model(checkpoint, resolved, vocabulary, map_tensors(family, resolved, checkpoint.tensors))
 
 

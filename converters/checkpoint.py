@@ -17,6 +17,7 @@ from edgevlm.errors import CheckpointError, FileError
 
 _JSON_LIMIT_BYTES = 256 << 20  # tokenizer.json of a large vocabulary has about 20 MB
 _TEXT_LIMIT_BYTES = 4 << 20
+_BINARY_LIMIT_BYTES = 64 << 20  # tokenizer.model of a large vocabulary has about 4 MB
 Status = dict[str, tuple[int, int, int] | None]
 _INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -55,6 +56,10 @@ class Checkpoint:
                 code="checkpoint.invalid",
             ) from error
 
+    def binary(self, name: str) -> bytes | None:
+        """The bytes of a small file of the folder, or None if there is no such file."""
+        return _read(self.folder, name, _BINARY_LIMIT_BYTES)
+
     def image_processor(self) -> dict[str, Any]:
         """The image processor's settings, in either of transformers' two places."""
         plain = self.json("preprocessor_config.json")
@@ -76,7 +81,8 @@ class Checkpoint:
 #: Files beside the tensors that influence the result.
 SIDE_FILES = (
     "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
-    "tokenizer_config.json", "chat_template.jinja", "chat_template.json", "README.md",
+    "tokenizer.model", "added_tokens.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json",
+    "README.md",
 )  # fmt: skip
 
 

@@ -104,7 +104,7 @@ def resolve(
         layers=text.size("num_hidden_layers", _MOST_LAYERS),
         n_embd=text.size("hidden_size"),
         vocab=text.size("vocab_size"),
-        context_length=text.size("max_position_embeddings"),
+        context_length=_context_length(family, text),
     )
     vision, image_token, tile_texts = None, None, None
     if family.vision is not None:
@@ -136,6 +136,17 @@ def _sections(family: Family, config: Mapping[str, Any]) -> tuple[Section, Secti
     text_data = top.get(family.text_section)
     _check_decoder_kind(family, f"config.json: {family.text_section}", text_data)
     return top, Section(f"config.json: {family.text_section}", text_data, family.decoder.keys, family.text_keys)
+
+
+def _context_length(family: Family, text: Section) -> int:
+    """Positions that the runtime may use.
+
+    Up to the length of a sliding window every position sees all before it, which is what the runtime computes.
+    """
+    longest = text.size("max_position_embeddings")
+    if "sliding_window" not in family.decoder.keys.read or text.get("sliding_window") is None:
+        return longest
+    return min(longest, text.size("sliding_window"))
 
 
 def _check_ranges(spec: ModelSpec) -> None:
@@ -175,9 +186,10 @@ def _vision_sizes(vision: ResolvedVision) -> dict[str, int]:
 
 
 def _check_decoder_kind(family: Family, where: str, text: Any) -> None:
-    found = text.get("model_type", family.decoder.kind) if isinstance(text, dict) else family.decoder.kind
-    if found != family.decoder.kind:
-        raise unsupported(f"{where}.model_type is {found!r}, the family {family.name} has {family.decoder.kind!r}")
+    known = family.decoder_model_types
+    found = text.get("model_type", known[0]) if isinstance(text, dict) else known[0]
+    if found not in known:
+        raise unsupported(f"{where}.model_type is {found!r}, the family {family.name} has {' or '.join(known)}")
 
 
 def _resolve_vision(

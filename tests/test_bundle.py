@@ -145,6 +145,45 @@ CHANGES = {
 }
 
 
+def _text_only(document: Any) -> None:
+    """A sound description of a model that knows text only, for the mutations below."""
+    document["spec"] |= {"image": None, "encoder": None, "prompt": {"image_token": None}}
+    document["files"] = [file for file in document["files"] if file["role"] == "decoder"]
+
+
+def test_a_bundle_without_an_encoder_opens(bundle: Path) -> None:
+    edit(bundle, _text_only)
+    assert open_bundle(bundle).spec.encoder is None
+
+
+HALF_BLIND = {
+    "files of an encoder that nothing describes": lambda d: d["files"].extend(_encoder_files(d)),
+    "the graph alone": lambda d: d["files"].append(_encoder_files(d)[0]),
+    "a picture's size": lambda d: d["spec"].update(image=d["old"]["spec"]["image"]),
+    "an encoder without files": lambda d: d.update(spec=d["old"]["spec"]),
+    "an encoder without a picture's size": lambda d: d["spec"].update(encoder=d["old"]["spec"]["encoder"]),
+    "an image token": lambda d: d["spec"].update(prompt=d["old"]["spec"]["prompt"]),
+}
+
+
+def _encoder_files(document: Any) -> Any:
+    return [file for file in document["old"]["files"] if file["role"] != "decoder"]
+
+
+@pytest.mark.parametrize("change", HALF_BLIND)
+def test_an_encoder_is_described_and_there_or_neither(bundle: Path, change: str) -> None:
+    def damage(document: Any) -> None:
+        document["old"] = json.loads(json.dumps(document))
+        _text_only(document)
+        HALF_BLIND[change](document)
+        del document["old"]
+
+    edit(bundle, damage)
+    with pytest.raises(BundleError, match=r"together|describes none|no file has the role") as caught:
+        open_bundle(bundle)
+    assert caught.value.code == "bundle.invalid"
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_manifests_that_say_something_else(bundle: Path, change: str) -> None:
     edit(bundle, CHANGES[change])

@@ -26,7 +26,7 @@ TRICKY = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["llama-bpe", "smollm", "gpt-2", "spm"])
+@pytest.fixture(scope="module", params=["llama-bpe", "smollm", "gpt-2", "deepseek-llm", "spm"])
 def pair(request, tmp_path_factory):
     """(our decoder, the tokenizer of transformers, kind)."""
     folder, _ = tiny.shared(Variant(tokenizer=request.param))
@@ -51,7 +51,7 @@ def test_the_token_comparison_can_fail(pair):
 
 def test_bos_is_added_exactly_when_the_tokenizer_adds_it(pair):
     decoder, tokenizer, kind = pair
-    assert decoder.header.metadata["tokenizer.ggml.add_bos_token"] is (kind in ("llama-bpe", "spm"))
+    assert decoder.header.metadata["tokenizer.ggml.add_bos_token"] is (kind in ("llama-bpe", "deepseek-llm", "spm"))
     assert decoder.tokenize("x", True, True)[:1] == tokenizer("x")["input_ids"][:1]
 
 
@@ -171,6 +171,22 @@ def test_a_vocabulary_word_that_only_llama_cpp_would_join_is_refused(tmp_path):
 
     folder = changed(tmp_path, change, kind="spm")
     with pytest.raises(CheckpointError, match=r"'\.,'.*join its halves"):
+        read(folder)
+
+
+@pytest.mark.parametrize(("pair", "fine"), [(("1", "2"), False), (("1", "a"), True)], ids=["digits", "not digits"])
+def test_a_token_over_digits_is_refused_where_llama_cpp_does_not_split_them(tmp_path, pair, fine):
+    def change(data):
+        free = max(entry["id"] for entry in data["added_tokens"]) + 1
+        data["model"]["vocab"] |= {"".join(pair): free}
+        data["model"]["merges"].append(list(pair))
+        return data
+
+    folder = changed(tmp_path, change, kind="deepseek-llm")
+    if fine:
+        assert read(folder).pre == "deepseek-llm"
+        return
+    with pytest.raises(CheckpointError, match="'12' joins digits"):
         read(folder)
 
 

@@ -37,6 +37,23 @@ LLAMA3_REGEX = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+#: As deepseek-llm-7b's tokenizer.json has them; written out here a second time, because a test compares them.
+DEEPSEEK_REGEXES = (
+    "[\r\n]",
+    r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+",
+    r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
+    r"\s+$",
+    r"[一-龥ࠀ-一가-퟿]+",
+)
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default", "rope_theta": 10000.0},
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+    "llama3": {
+        "rope_type": "llama3", "rope_theta": 500.0, "factor": 32.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+    },
+}  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
@@ -88,19 +105,24 @@ def write(folder: Path, variant: Variant) -> transformers.LlavaForConditionalGen
         multimodal_projector_bias=variant.bias,
     )
     model = transformers.LlavaForConditionalGeneration(config).eval()
-    randomise(model)
+    randomize(model)
     model.to(variant.dtype).save_pretrained(folder)
     _processor(variant).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-    (folder / "README.md").write_text("---\nlicense: apache-2.0\nbase_model: tiny/random\n---\n# Tiny\n")
+    write_texts(folder, tokenizer)
     # Read back rather than widened in place: `.to` also rounds the rotary frequencies, which no checkpoint stores.
     return transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def randomise(model: Any) -> None:
-    """Fill a model: the default initialisation is so small that wrong mathematics would hide in it."""
-    with torch.no_grad():
+def write_texts(folder: Path, tokenizer: transformers.PreTrainedTokenizerFast) -> None:
+    """The files of a checkpoint that are neither numbers nor settings of them."""
+    tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\nbase_model: tiny/random\n---\n# Tiny\n")
+
+
+def randomize(model: torch.nn.Module) -> None:
+    """Give a model weights of a size at which every part of it shows in the result."""
+    with torch.no_grad():  # the default initialisation is so small that wrong mathematics would hide in it
         for name, parameter in model.named_parameters():
             if "norm" in name and name.endswith("weight"):
                 parameter.copy_(1 + 0.2 * torch.randn_like(parameter))
@@ -124,19 +146,11 @@ def _vision(variant: Variant) -> Any:
 
 
 def _text(variant: Variant, vocab: int, tokenizer: Any) -> transformers.LlamaConfig:
-    ropes: dict[str, dict[str, Any]] = {
-        "default": {"rope_type": "default", "rope_theta": 10000.0},
-        "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
-        "llama3": {
-            "rope_type": "llama3", "rope_theta": 500.0, "factor": 32.0, "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
-        },
-    }  # fmt: skip
     return transformers.LlamaConfig(
         vocab_size=vocab, hidden_size=variant.hidden, intermediate_size=variant.n_ff, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=variant.heads_kv, head_dim=variant.head_dim,
         max_position_embeddings=512, rms_norm_eps=1e-5,
-        rope_parameters=ropes[variant.rope], tie_word_embeddings=variant.tied,
+        rope_parameters=ROPES[variant.rope], tie_word_embeddings=variant.tied,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
 
@@ -148,8 +162,8 @@ def _processor(variant: Variant) -> Any:
     return transformers.CLIPImageProcessor(size={"shortest_edge": SIDE_PX}, crop_size=crop)
 
 
-def make_tokenizer(kind: str) -> transformers.PreTrainedTokenizerFast:
-    """Train a small tokenizer: `llama-bpe`, `smollm`, `gpt-2` (byte-level), or `spm` (byte fallback, as Vicuna)."""
+def make_tokenizer(kind: str, corpus: list[str] = CORPUS * 4, size: int = 480) -> transformers.PreTrainedTokenizerFast:
+    """Train a small tokenizer: `llama-bpe`, `smollm`, `gpt-2`, `deepseek-llm` (byte-level), `spm` (byte fallback)."""
     spm = kind == "spm"
     model = (
         tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True) if spm else tokenizers.models.BPE()
@@ -164,19 +178,26 @@ def make_tokenizer(kind: str) -> transformers.PreTrainedTokenizerFast:
             [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
         )
         first = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
-        trainer = tokenizers.trainers.BpeTrainer(vocab_size=480, special_tokens=first, show_progress=False)
+        trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, special_tokens=first, show_progress=False)
     else:
         split = pre.Split(tokenizers.Regex(LLAMA3_REGEX), "isolated")
         tokenizer.pre_tokenizer = {
             "llama-bpe": pre.Sequence([split, pre.ByteLevel(add_prefix_space=False, use_regex=False)]),
             "smollm": pre.Sequence([pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)]),
             "gpt-2": pre.ByteLevel(add_prefix_space=False),
+            "deepseek-llm": pre.Sequence(
+                [
+                    *(pre.Split(tokenizers.Regex(regex), "isolated") for regex in DEEPSEEK_REGEXES),
+                    pre.Digits(individual_digits=True),
+                    pre.ByteLevel(add_prefix_space=False, use_regex=False),
+                ]
+            ),
         }[kind]
         tokenizer.decoder = decoders.ByteLevel()
         trainer = tokenizers.trainers.BpeTrainer(
-            vocab_size=480, initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False
+            vocab_size=size, initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False
         )
-    tokenizer.train_from_iterator(CORPUS * 4, trainer)
+    tokenizer.train_from_iterator(corpus, trainer)
     bos, eos = ("<s>", "</s>") if spm else ("<|begin|>", "<|end|>")
     if spm:
         _clear_added(tokenizer)
@@ -184,7 +205,7 @@ def make_tokenizer(kind: str) -> transformers.PreTrainedTokenizerFast:
         [tokenizers.AddedToken(text, special=True) for text in ([bos, eos] if spm else []) + SPECIAL]
     )
     tokenizer.add_tokens([tokenizers.AddedToken("[extra]", normalized=False)])  # added, but not special
-    if kind in ("llama-bpe", "spm"):
+    if kind in ("llama-bpe", "deepseek-llm", "spm"):
         tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
         )

@@ -84,7 +84,7 @@ def write(folder: Path, variant: Variant) -> tuple[Any, Any]:
     )
     name = "SmolVLMForConditionalGeneration" if smolvlm else "Idefics3ForConditionalGeneration"
     model = getattr(transformers, name)(config).eval()
-    tiny.randomise(model)
+    tiny.randomize(model)
     model.to(variant.dtype).save_pretrained(folder)
     image_processor = (SmolVLMImageProcessorPil if smolvlm else Idefics3ImageProcessorPil)(
         do_image_splitting=variant.split,

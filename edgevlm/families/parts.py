@@ -169,48 +169,72 @@ LINEAR = Part(
     },
 )
 
+_LLAMA_READ = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": None,
+    "rope_scaling": None,
+    "rope_parameters": None,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+_LLAMA_FIXED = {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)}
+_LLAMA_WEIGHTS = {
+    "embed_tokens.weight": Weight("token_embd.weight", ("vocab", "n_embd")),
+    "norm.weight": Weight("output_norm.weight", ("n_embd",)),
+    "layers.{i}.input_layernorm.weight": Weight("blk.{i}.attn_norm.weight", ("n_embd",)),
+    "layers.{i}.self_attn.q_proj.weight": Weight(
+        "blk.{i}.attn_q.weight", ("q_rows", "n_embd"), transform="rope_interleave:heads"
+    ),
+    "layers.{i}.self_attn.k_proj.weight": Weight(
+        "blk.{i}.attn_k.weight", ("kv_rows", "n_embd"), transform="rope_interleave:heads_kv"
+    ),
+    "layers.{i}.self_attn.v_proj.weight": Weight("blk.{i}.attn_v.weight", ("kv_rows", "n_embd")),
+    "layers.{i}.self_attn.o_proj.weight": Weight("blk.{i}.attn_output.weight", ("n_embd", "q_rows")),
+    "layers.{i}.post_attention_layernorm.weight": Weight("blk.{i}.ffn_norm.weight", ("n_embd",)),
+    "layers.{i}.mlp.gate_proj.weight": Weight("blk.{i}.ffn_gate.weight", ("n_ff", "n_embd")),
+    "layers.{i}.mlp.up_proj.weight": Weight("blk.{i}.ffn_up.weight", ("n_ff", "n_embd")),
+    "layers.{i}.mlp.down_proj.weight": Weight("blk.{i}.ffn_down.weight", ("n_embd", "n_ff")),
+}
+_LLAMA_BUFFERS = ("layers.{i}.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq")  # of old releases
+
 LLAMA = Part(
     kind="llama",
     keys=Keys(
-        read={
-            "vocab_size": 32000,
-            "hidden_size": 4096,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": None,
-            "head_dim": None,
-            "max_position_embeddings": 2048,
-            "rms_norm_eps": 1e-6,
-            "rope_theta": None,
-            "rope_scaling": None,
-            "rope_parameters": None,
-            "tie_word_embeddings": False,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": None,
-        },
-        fixed={"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)},
-        ignored=(*BOOKKEEPING, "pretraining_tp"),
+        read=_LLAMA_READ,
+        # SmolLM2 says of its rows, as everybody, that they are in halves
+        fixed={**_LLAMA_FIXED, "rope_interleaved": (False, None)},
+        ignored=(*BOOKKEEPING, "pretraining_tp", "max_sequence_length", "is_llama_config", "transformers.js_config"),
     ),
-    weights={
-        "embed_tokens.weight": Weight("token_embd.weight", ("vocab", "n_embd")),
-        "norm.weight": Weight("output_norm.weight", ("n_embd",)),
-        "layers.{i}.input_layernorm.weight": Weight("blk.{i}.attn_norm.weight", ("n_embd",)),
-        "layers.{i}.self_attn.q_proj.weight": Weight(
-            "blk.{i}.attn_q.weight", ("q_rows", "n_embd"), transform="rope_interleave:heads"
-        ),
-        "layers.{i}.self_attn.k_proj.weight": Weight(
-            "blk.{i}.attn_k.weight", ("kv_rows", "n_embd"), transform="rope_interleave:heads_kv"
-        ),
-        "layers.{i}.self_attn.v_proj.weight": Weight("blk.{i}.attn_v.weight", ("kv_rows", "n_embd")),
-        "layers.{i}.self_attn.o_proj.weight": Weight("blk.{i}.attn_output.weight", ("n_embd", "q_rows")),
-        "layers.{i}.post_attention_layernorm.weight": Weight("blk.{i}.ffn_norm.weight", ("n_embd",)),
-        "layers.{i}.mlp.gate_proj.weight": Weight("blk.{i}.ffn_gate.weight", ("n_ff", "n_embd")),
-        "layers.{i}.mlp.up_proj.weight": Weight("blk.{i}.ffn_up.weight", ("n_ff", "n_embd")),
-        "layers.{i}.mlp.down_proj.weight": Weight("blk.{i}.ffn_down.weight", ("n_embd", "n_ff")),
-    },
-    unused=("layers.{i}.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq"),  # buffers of old releases
+    weights=_LLAMA_WEIGHTS,
+    unused=_LLAMA_BUFFERS,
+)
+
+#: Llama's mathematics, and attention that may see the last `sliding_window` positions only.
+MISTRAL = Part(
+    kind="llama",
+    keys=Keys(
+        read={
+            **_LLAMA_READ,
+            "intermediate_size": 14336,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+        },
+        fixed=_LLAMA_FIXED,
+        ignored=BOOKKEEPING,
+    ),
+    weights=_LLAMA_WEIGHTS,
+    unused=_LLAMA_BUFFERS,
 )
 
 _SWITCHES = {"do_resize": (True,), "do_rescale": (True,), "do_normalize": (True,)}

@@ -143,6 +143,7 @@ class Family:
         text_section: Name of the decoder's section; None if its keys are config.json's own.
         text_keys: Keys of that section beyond those of `decoder`.
         decoder_prefixes, head_prefixes: As a tower's.
+        decoder_model_types: Values of `model_type` beside the decoder's keys.
         vision: None for a family that knows text only.
     """
 
@@ -154,4 +155,5 @@ class Family:
     decoder: Part
     decoder_prefixes: tuple[str, ...]
     head_prefixes: tuple[str, ...]
+    decoder_model_types: tuple[str, ...] = ("llama",)
     vision: Vision | None = None
