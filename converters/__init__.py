@@ -2,14 +2,14 @@
 
 checkpoint.py   the folder: JSON files, tensors (safetensors.py)
 resolve.py      family + JSON -> every number            mapping.py       every tensor -> its place
-tokenizer.py    tokenizer.json -> GGUF keys              gguf_decoder.py  the decoder's file (gguf_file.py, quant.py)
+tokenizer.py    tokenizer.json -> GGUF keys              gguf_decoder.py  the decoder's file (gguf_file.py)
+decoder.py      what becomes of the decoder              quant.py         llama.cpp's quantizer (imatrix.py)
 onnx_vision.py  the encoder's graph (onnx_graph.py)      verify.py        what it cost (calibration.py)
 loadable.py     the decoder's file, as the runtime sees it
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,13 +20,12 @@ from numpy.typing import NDArray
 
 from edgevlm import families
 from edgevlm.bundle import FORMAT, MANIFEST_NAME, Manifest, Role, file_entry, read_manifest, write_manifest
-from edgevlm.converters import gguf_decoder, quant, verify
+from edgevlm.converters import decoder, quant, verify
 from edgevlm.converters.checkpoint import Checkpoint, open_checkpoint, unchanged
-from edgevlm.converters.loadable import check_header, check_vocabulary
+from edgevlm.converters.decoder import DecoderPlan
 from edgevlm.converters.mapping import Mapped, Source, map_tensors
 from edgevlm.converters.onnx_vision import EncoderQuant, build_encoder
 from edgevlm.converters.provenance import general_keys, provenance
-from edgevlm.converters.quant import Recipe
 from edgevlm.converters.resolve import Resolved, ResolvedVision, resolve
 from edgevlm.converters.tokenizer import Vocabulary, read_vocabulary, token_texts
 from edgevlm.converters.weights import as_float32
@@ -47,6 +46,7 @@ def convert(
     *,
     decoder_quant: str = "q4_k_m",
     encoder_quant: str = "int8",
+    imatrix: str | os.PathLike[str] | None = None,
     name: str | None = None,
     source: str | None = None,
     overwrite: bool = False,
@@ -62,6 +62,7 @@ def convert(
         out: The folder to make.
         decoder_quant: One of `DECODER_QUANTS`.
         encoder_quant: One of `ENCODER_QUANTS`.
+        imatrix: A file of `llama-imatrix` (either form) that was made from this model, to steer the quantizer.
         name: What the model is called; the checkpoint folder's name by default.
         source: Where the checkpoint comes from (a repository name), for the record; `name` by default.
         overwrite: Whether an existing bundle at `out` gives way. Anything else there never does.
@@ -72,8 +73,9 @@ def convert(
         The manifest that was written.
 
     Raises:
-        UsageError: an unknown type.
-        FileError: the checkpoint does not exist.
+        UsageError: an unknown type, or options that contradict each other.
+        FileError: the checkpoint or the importance matrix does not exist.
+        ImatrixError: the importance matrix is damaged or of another model.
         CheckpointError: the checkpoint cannot be converted.
         StorageError: `out` exists, or the disk is full or refuses.
         DependencyError: a package of the extra `convert` is missing.
@@ -91,13 +93,17 @@ def convert(
     _check_out(out, overwrite=overwrite)
     tell(f"reading {folder}")
     model = _read(folder, name or folder.resolve().name, known_families)
+    planned = decoder.plan(model.mapped, wanted, imatrix=imatrix)
     arguments = {"decoder_quant": wanted.name, "encoder_quant": encoder_quant}
     record = provenance(model.checkpoint, source=source or model.resolved.spec.name, arguments=arguments)
-    require_free(out, _bytes_needed(model.mapped, wanted, encoder_quant))
+    record |= planned.record()
+    require_free(out, _bytes_needed(model.mapped, planned, encoder_quant))
     with commit_folder(out, may_replace=_is_bundle if overwrite else None) as building:
         tell(f"decoder to {wanted.name}")
         files: list[tuple[str, Role]] = [(DECODER, "decoder")]
-        fidelity = {"decoder": _convert_decoder(building, model, wanted)}
+        general = general_keys(model.checkpoint, model.resolved.spec.name)
+        cost = decoder.write(building / DECODER, planned, model.mapped, model.resolved, model.vocabulary, general)
+        fidelity = {"decoder": cost}
         if model.resolved.vision:
             tell(f"encoder to {encoder_quant}")
             fidelity["encoder"] = _convert_encoder(building, model, model.resolved.vision, encoder_quant)
@@ -165,31 +171,10 @@ def _architectures(opened: Checkpoint) -> list[str]:
     return [str(name) for name in found] if isinstance(found, list) else []
 
 
-def _bytes_needed(mapped: Mapped, wanted: Recipe, encoder_quant: str) -> int:
+def _bytes_needed(mapped: Mapped, decoder: DecoderPlan, encoder_quant: str) -> int:
     """What the conversion writes at its peak, roughly: intermediate files included."""
-    decoder = [source.tensor.bits for source in gguf_decoder.sources(mapped).values()]
-    matrices = sum(bits.size for bits in decoder)
-    stored = 0 if wanted.direct else sum(bits.nbytes for bits in decoder)
     encoder = sum(source.tensor.bits.size for source in [*mapped.tower.values(), *mapped.connector.values()])
-    return stored + int(matrices * wanted.bits / 8) + encoder * (4 if encoder_quant == "fp32" else 5) + (16 << 20)
-
-
-def _convert_decoder(building: Path, model: _Model, wanted: Recipe) -> dict[str, object]:
-    """Write decoder.gguf, by way of a file at the checkpoint's own precision unless the recipe only rounds."""
-    resolved, mapped, vocabulary = model.resolved, model.mapped, model.vocabulary
-    general = general_keys(model.checkpoint, resolved.spec.name)
-    tensors = gguf_decoder.plan(mapped, resolved, wanted)
-    final, exact = building / DECODER, building / "decoder.exact.gguf"
-    written = final if wanted.direct else exact
-    gguf_decoder.write(written, resolved, vocabulary, tensors, wanted.file_type, general)
-    check_header(written)  # before llama.cpp reads it, which ends the process on some values
-    check_vocabulary(written, vocabulary.stops)
-    if not wanted.direct:
-        estimate = int(sum(math.prod(tensor.shape) for tensor in tensors) * wanted.bits / 8)
-        quant.quantize(exact, final, wanted, size_estimate=estimate)
-        exact.unlink()
-        check_header(final)
-    return verify.decoder_fidelity(final, gguf_decoder.exact_matrices(mapped), wanted)
+    return decoder.peak_bytes + encoder * (4 if encoder_quant == "fp32" else 5) + (16 << 20)
 
 
 def _convert_encoder(building: Path, model: _Model, vision: ResolvedVision, encoder_quant: str) -> dict[str, object]:

@@ -8,8 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from edgevlm import llama
 from edgevlm.errors import BackendError, UsageError
@@ -70,7 +76,14 @@ def recipe(name: str) -> Recipe:
     return found
 
 
-def quantize(source: Path, out: Path, wanted: Recipe, *, size_estimate: int) -> None:
+def quantize(
+    source: Path,
+    out: Path,
+    wanted: Recipe,
+    *,
+    size_estimate: int,
+    importance: Mapping[str, NDArray[np.float32]] | None = None,
+) -> None:
     """Quantize a GGUF file with llama.cpp; the result does not depend on the number of threads.
 
     Args:
@@ -78,6 +91,8 @@ def quantize(source: Path, out: Path, wanted: Recipe, *, size_estimate: int) -> 
         out: Must not exist.
         wanted: Not a `direct` recipe.
         size_estimate: Bytes that `out` will take, to tell a full disk from other failures.
+        importance: For each matrix how much each of its inputs matters, float32 [row width] (see `imatrix.py`). With
+            it llama.cpp would store a few matrices of `q4_0` as Q4_1, were that recipe not pure.
 
     Raises:
         StorageError: the disk is full.
@@ -89,12 +104,30 @@ def quantize(source: Path, out: Path, wanted: Recipe, *, size_estimate: int) -> 
     params.ftype = wanted.file_type
     params.pure = wanted.pure
     params.max_buf_size = _BUFFER_BYTES
+    entries = _imatrix(native, importance or {})  # a name of its own: it must live until the call returns
+    if importance:
+        params.imatrix = entries
+    llama.clear_log()
     status = native.llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(params))
     if status == 0:
         return
     reason = llama.last_log()
     _check_room(out, size_estimate)
     raise BackendError(f"llama.cpp could not quantize to {wanted.name}: {reason}", code="backend.failed")
+
+
+def _imatrix(native: ModuleType, importance: Mapping[str, NDArray[np.float32]]) -> Any:
+    """llama.cpp's array of entries, ended by one without a name.
+
+    ctypes keeps each name alive with its entry, and `cast` each array with its pointer.
+    """
+    numbers = ctypes.POINTER(ctypes.c_float)
+    entries = (native.llama_model_imatrix_data * (len(importance) + 1))()
+    for entry, (name, values) in zip(entries, importance.items(), strict=False):
+        assert values.dtype == np.float32, name
+        assert values.flags.c_contiguous, name
+        entry.name, entry.data, entry.size = name.encode(), values.ctypes.data_as(numbers), values.size
+    return entries
 
 
 def _check_room(out: Path, needed: int) -> None:

@@ -131,6 +131,10 @@ def convert(
     encoder_quant: Annotated[
         str, typer.Option("--encoder-quant", metavar="TYPE", help="Type of the vision encoder's weights.")
     ] = "int8",
+    imatrix: Annotated[
+        Path | None,
+        typer.Option("--imatrix", metavar="FILE", help="Importance matrix (llama-imatrix) of this very model."),
+    ] = None,
     name: Annotated[
         str | None, typer.Option("--name", metavar="NAME", help="What to call the model. [default: CHECKPOINT's name]")
     ] = None,
@@ -153,6 +157,7 @@ def convert(
         out,
         decoder_quant=decoder_quant,
         encoder_quant=encoder_quant,
+        imatrix=imatrix,
         name=name,
         overwrite=overwrite,
         report=(lambda line: typer.echo(line, err=True)) if sys.stderr.isatty() else None,

@@ -312,3 +312,15 @@ def test_convert_makes_a_bundle_that_answers(run: Runner, tmp_path: Path, panel:
     assert run("ask", QUESTION, "-i", panel, "-m", out).out == f"{ANSWER}\n"
     assert run("convert", CHECKPOINT, panel).code == 1
     refused(run("convert", CHECKPOINT, tmp_path / "other", "--decoder-quant", "q99"), "usage.invalid", 2, "q4_k_m")
+
+
+def test_an_importance_matrix_that_cannot_be_used(run: Runner, tmp_path: Path) -> None:
+    wrong = tmp_path / "decoder.gguf"
+    shutil.copy(BUILTIN / "decoder.gguf", wrong)
+    out = tmp_path / "out"
+    refused(run("convert", CHECKPOINT, out, "--imatrix", tmp_path / "absent"), "file.not_found", 1, "absent")
+    refused(run("convert", CHECKPOINT, out, "--imatrix", wrong), "imatrix.invalid", 1, "llama-imatrix")
+    refused(
+        run("convert", CHECKPOINT, out, "--imatrix", wrong, "--decoder-quant", "f16"), "usage.invalid", 2, "only rounds"
+    )
+    assert os.listdir(tmp_path) == ["decoder.gguf"]

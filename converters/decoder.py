@@ -1,0 +1,105 @@
+"""The decoder's way into a bundle: what was asked for is checked, then the file is written and quantized.
+
+Everything that can be refused by looking at names and shapes is refused by `plan`, before the first byte is written.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgevlm.converters import gguf_decoder, quant, verify
+from edgevlm.converters.imatrix import Imatrix, read_imatrix
+from edgevlm.converters.loadable import check_header, check_vocabulary
+from edgevlm.converters.mapping import Mapped
+from edgevlm.converters.quant import Recipe
+from edgevlm.converters.resolve import Resolved
+from edgevlm.converters.tokenizer import Vocabulary
+from edgevlm.errors import UsageError
+
+_EXACT = "decoder.exact.gguf"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderPlan:
+    """What becomes of the decoder's weights.
+
+    Attributes:
+        recipe: The type of the weights.
+        imatrix: Steers the quantizer, if given.
+        stored_bytes: Size of the weights as the checkpoint stores them.
+        final_bytes: Estimated size of the finished file.
+    """
+
+    recipe: Recipe
+    imatrix: Imatrix | None
+    stored_bytes: int
+    final_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Disk that the conversion takes at most, the file before quantization included."""
+        return self.final_bytes + (0 if self.recipe.direct else self.stored_bytes)
+
+    def record(self) -> dict[str, Any]:
+        """What `provenance` says beyond the arguments; empty if there is nothing to say."""
+        if self.imatrix is None:
+            return {}
+        return {"imatrix": {"name": self.imatrix.name, "sha256": self.imatrix.sha256}}
+
+
+def plan(mapped: Mapped, recipe: Recipe, *, imatrix: str | os.PathLike[str] | None) -> DecoderPlan:
+    """Check what was asked for against the model's tensors.
+
+    Raises:
+        UsageError: an option that means nothing for this recipe.
+        FileError, ImatrixError: the importance matrix cannot be used.
+    """
+    if recipe.direct and imatrix is not None:
+        raise UsageError(
+            f"an importance matrix steers the quantizer, and {recipe.name} only rounds; "
+            "leave it out or choose a quantized type such as q4_k_m"
+        )
+    tensors = {name: source.tensor for name, source in gguf_decoder.sources(mapped).items()}
+    matrices = {name: tensor.shape for name, tensor in tensors.items() if len(tensor.shape) > 1}
+    widths = {name: shape[-1] for name, shape in matrices.items()}
+    return DecoderPlan(
+        recipe=recipe,
+        imatrix=None if imatrix is None else read_imatrix(imatrix, widths),
+        stored_bytes=sum(tensor.bits.nbytes for tensor in tensors.values()),
+        final_bytes=int(sum(tensor.bits.size for tensor in tensors.values()) * recipe.bits / 8),
+    )
+
+
+def write(
+    final: Path,
+    planned: DecoderPlan,
+    mapped: Mapped,
+    resolved: Resolved,
+    vocabulary: Vocabulary,
+    general: dict[str, str],
+) -> dict[str, Any]:
+    """Write the finished file, by way of one at the checkpoint's own precision unless the recipe only rounds.
+
+    Returns:
+        What it cost: see `verify.decoder_fidelity`.
+
+    Raises:
+        CheckpointError: a weight or the tokenizer cannot be used.
+        StorageError: the disk is full or refuses.
+        BackendError: llama.cpp failed.
+    """
+    recipe = planned.recipe
+    written = final if recipe.direct else final.with_name(_EXACT)
+    tensors = gguf_decoder.plan(mapped, resolved, recipe)
+    gguf_decoder.write(written, resolved, vocabulary, tensors, recipe.file_type, general)
+    check_header(written)  # before llama.cpp reads it, which ends the process on some values
+    check_vocabulary(written, vocabulary.stops)
+    if not recipe.direct:
+        importance = planned.imatrix.values if planned.imatrix else None
+        quant.quantize(written, final, recipe, size_estimate=planned.final_bytes, importance=importance)
+        written.unlink()
+        check_header(final)
+    return verify.decoder_fidelity(final, gguf_decoder.exact_matrices(mapped), recipe)
