@@ -3,9 +3,9 @@
 checkpoint.py   the folder: JSON files, tensors (safetensors.py)
 resolve.py      family + JSON -> every number            mapping.py       every tensor -> its place
 tokenizer.py    tokenizer.json -> GGUF keys              gguf_decoder.py  the decoder's file (gguf_file.py)
-decoder.py      what becomes of the decoder              quant.py         llama.cpp's quantizer (imatrix.py)
+decoder.py      what becomes of the decoder              imatrix.py, tensor_types.py   what steers its quantizer
+quant.py        llama.cpp's quantizer                    loadable.py      the decoder's file, as the runtime sees it
 onnx_vision.py  the encoder's graph (onnx_graph.py)      verify.py        what it cost (calibration.py)
-loadable.py     the decoder's file, as the runtime sees it
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +47,7 @@ def convert(
     *,
     decoder_quant: str = "q4_k_m",
     encoder_quant: str = "int8",
+    decoder_types: Mapping[str, str] | None = None,
     imatrix: str | os.PathLike[str] | None = None,
     name: str | None = None,
     source: str | None = None,
@@ -62,6 +64,8 @@ def convert(
         out: The folder to make.
         decoder_quant: One of `DECODER_QUANTS`.
         encoder_quant: One of `ENCODER_QUANTS`.
+        decoder_types: For single matrices of the decoder another type: a regular expression that is searched in their
+            GGUF names -> a type such as `q6_k`. Of several that match the first decides.
         imatrix: A file of `llama-imatrix` (either form) that was made from this model, to steer the quantizer.
         name: What the model is called; the checkpoint folder's name by default.
         source: Where the checkpoint comes from (a repository name), for the record; `name` by default.
@@ -93,8 +97,10 @@ def convert(
     _check_out(out, overwrite=overwrite)
     tell(f"reading {folder}")
     model = _read(folder, name or folder.resolve().name, known_families)
-    planned = decoder.plan(model.mapped, wanted, imatrix=imatrix)
-    arguments = {"decoder_quant": wanted.name, "encoder_quant": encoder_quant}
+    planned = decoder.plan(model.mapped, wanted, types=decoder_types, imatrix=imatrix)
+    arguments: dict[str, Any] = {"decoder_quant": wanted.name, "encoder_quant": encoder_quant}
+    if decoder_types:
+        arguments["decoder_types"] = dict(decoder_types)
     record = provenance(model.checkpoint, source=source or model.resolved.spec.name, arguments=arguments)
     record |= planned.record()
     require_free(out, _bytes_needed(model.mapped, planned, encoder_quant))

@@ -5,12 +5,14 @@ Everything that can be refused by looking at names and shapes is refused by `pla
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgevlm.converters import gguf_decoder, quant, verify
+from edgevlm.converters import gguf_decoder, gguf_file, quant, tensor_types, verify
 from edgevlm.converters.imatrix import Imatrix, read_imatrix
 from edgevlm.converters.loadable import check_header, check_vocabulary
 from edgevlm.converters.mapping import Mapped
@@ -28,12 +30,14 @@ class DecoderPlan:
 
     Attributes:
         recipe: The type of the weights.
+        types: Matrices that get another type than the recipe's, by GGUF name.
         imatrix: Steers the quantizer, if given.
         stored_bytes: Size of the weights as the checkpoint stores them.
         final_bytes: Estimated size of the finished file.
     """
 
     recipe: Recipe
+    types: Mapping[str, str]
     imatrix: Imatrix | None
     stored_bytes: int
     final_bytes: int
@@ -50,27 +54,46 @@ class DecoderPlan:
         return {"imatrix": {"name": self.imatrix.name, "sha256": self.imatrix.sha256}}
 
 
-def plan(mapped: Mapped, recipe: Recipe, *, imatrix: str | os.PathLike[str] | None) -> DecoderPlan:
+def plan(
+    mapped: Mapped,
+    recipe: Recipe,
+    *,
+    types: Mapping[str, str] | None = None,
+    imatrix: str | os.PathLike[str] | None = None,
+) -> DecoderPlan:
     """Check what was asked for against the model's tensors.
 
+    Args:
+        mapped: The checkpoint's tensors.
+        recipe: The type of the weights.
+        types: Pattern -> type for single matrices, see `tensor_types.py`.
+        imatrix: A file with an importance matrix.
+
     Raises:
-        UsageError: an option that means nothing for this recipe.
+        UsageError: an option that means nothing for this recipe or this model.
         FileError, ImatrixError: the importance matrix cannot be used.
     """
-    if recipe.direct and imatrix is not None:
-        raise UsageError(
-            f"an importance matrix steers the quantizer, and {recipe.name} only rounds; "
-            "leave it out or choose a quantized type such as q4_k_m"
-        )
+    for option, given in (("an importance matrix", imatrix is not None), ("types of single matrices", bool(types))):
+        if recipe.direct and given:
+            raise UsageError(
+                f"decoder_quant {recipe.name} only rounds, {option} would change nothing; "
+                "leave out the one or choose a quantized type such as q4_k_m"
+            )
     tensors = {name: source.tensor for name, source in gguf_decoder.sources(mapped).items()}
     matrices = {name: tensor.shape for name, tensor in tensors.items() if len(tensor.shape) > 1}
+    chosen = tensor_types.resolve(types or {}, matrices)
     widths = {name: shape[-1] for name, shape in matrices.items()}
     return DecoderPlan(
         recipe=recipe,
+        types=chosen,
         imatrix=None if imatrix is None else read_imatrix(imatrix, widths),
         stored_bytes=sum(tensor.bits.nbytes for tensor in tensors.values()),
-        final_bytes=int(sum(tensor.bits.size for tensor in tensors.values()) * recipe.bits / 8),
+        final_bytes=sum(_final_bytes(tensors[name].shape, recipe, chosen.get(name)) for name in tensors),
     )
+
+
+def _final_bytes(shape: tuple[int, ...], recipe: Recipe, kind: str | None) -> int:
+    return gguf_file.nbytes(shape, kind) if kind else math.ceil(math.prod(shape) * recipe.bits / 8)
 
 
 def write(
@@ -99,7 +122,9 @@ def write(
     check_vocabulary(written, vocabulary.stops)
     if not recipe.direct:
         importance = planned.imatrix.values if planned.imatrix else None
-        quant.quantize(written, final, recipe, size_estimate=planned.final_bytes, importance=importance)
+        quant.quantize(
+            written, final, recipe, size_estimate=planned.final_bytes, importance=importance, types=planned.types
+        )
         written.unlink()
         check_header(final)
-    return verify.decoder_fidelity(final, gguf_decoder.exact_matrices(mapped), recipe)
+    return verify.decoder_fidelity(final, gguf_decoder.exact_matrices(mapped), recipe, planned.types)

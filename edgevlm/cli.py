@@ -131,6 +131,14 @@ def convert(
     encoder_quant: Annotated[
         str, typer.Option("--encoder-quant", metavar="TYPE", help="Type of the vision encoder's weights.")
     ] = "int8",
+    decoder_type: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--decoder-type",
+            metavar="PATTERN=TYPE",
+            help="Another type for matrices whose GGUF name matches; may be repeated, the first match decides.",
+        ),
+    ] = None,
     imatrix: Annotated[
         Path | None,
         typer.Option("--imatrix", metavar="FILE", help="Importance matrix (llama-imatrix) of this very model."),
@@ -147,8 +155,9 @@ def convert(
     Decoder types: f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, iq4_nl, q4_0. Encoder types: fp32, int8.
 
     \b
-    Example:
+    Examples:
       edgevlm convert ./llava-checkpoint ./my-bundle --decoder-quant q4_k_m
+      edgevlm convert ./llava-checkpoint ./my-bundle --decoder-type ffn_down=q6_k
     """
     from edgevlm.converters import convert as convert_checkpoint
 
@@ -157,6 +166,7 @@ def convert(
         out,
         decoder_quant=decoder_quant,
         encoder_quant=encoder_quant,
+        decoder_types=_pairs(decoder_type or []),
         imatrix=imatrix,
         name=name,
         overwrite=overwrite,
@@ -212,6 +222,21 @@ def main() -> None:
         # One line whatever a native library put into the message, so that scripts can read it.
         typer.echo(f"edgevlm: {' '.join(str(error).split())} [{error.code}]", err=True)
         sys.exit(error.exit_code)
+
+
+def _pairs(options: list[str]) -> dict[str, str]:
+    """`PATTERN=TYPE` options in their order; a pattern may hold `=` itself."""
+    pairs = {}
+    for option in options:
+        pattern, equals, kind = option.rpartition("=")
+        if not equals or pattern in pairs:
+            raise UsageError(
+                f"--decoder-type {option} is not PATTERN=TYPE"
+                if not equals
+                else f"--decoder-type {pattern} is given twice"
+            )
+        pairs[pattern] = kind
+    return pairs
 
 
 def _inputs(prompt: str, images: list[str]) -> tuple[str, list[str | bytes]]:

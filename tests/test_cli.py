@@ -324,3 +324,20 @@ def test_an_importance_matrix_that_cannot_be_used(run: Runner, tmp_path: Path) -
         run("convert", CHECKPOINT, out, "--imatrix", wrong, "--decoder-quant", "f16"), "usage.invalid", 2, "only rounds"
     )
     assert os.listdir(tmp_path) == ["decoder.gguf"]
+
+
+def test_types_of_single_matrices(run: Runner, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for options, word in (
+        (["attn_q"], "PATTERN=TYPE"),
+        (["attn=q8_0", "attn=q6_k"], "twice"),
+        (["attn_q=q9"], "q8_0"),
+        (["x=q8_0"], "ffn_down"),
+    ):
+        arguments = [part for option in options for part in ("--decoder-type", option)]
+        refused(run("convert", CHECKPOINT, out, *arguments), "usage.invalid", 2, word)
+    assert os.listdir(tmp_path) == []
+    result = run("convert", CHECKPOINT, out, "--decoder-type", "attn_v=q6_k", "--decoder-type", "attn=q8_0")
+    assert (result.code, result.out) == (0, "")
+    arguments = json.loads((out / "bundle.json").read_text())["provenance"]["arguments"]
+    assert arguments["decoder_types"] == {"attn_v": "q6_k", "attn": "q8_0"}

@@ -272,6 +272,6 @@ def test_nothing_is_written_when_the_matrix_cannot_be_used(tmp_path):
     other = write_gguf(tmp_path / "other.gguf", ONES)
     with pytest.raises(ImatrixError, match="another model"):
         convert(folder, tmp_path / "out", imatrix=other)
-    with pytest.raises(UsageError, match="f16 only rounds"):
+    with pytest.raises(UsageError, match="f16 only rounds, an importance matrix"):
         convert(folder, tmp_path / "out", decoder_quant="f16", imatrix=other)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.gguf"]
