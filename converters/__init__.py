@@ -4,7 +4,8 @@ checkpoint.py   the folder: JSON files, tensors (safetensors.py)
 resolve.py      family + JSON -> every number            mapping.py       every tensor -> its place
 tokenizer.py    tokenizer.json -> GGUF keys              gguf_decoder.py  the decoder's file (gguf_file.py)
 decoder.py      what becomes of the decoder              imatrix.py, tensor_types.py   what steers its quantizer
-quant.py        llama.cpp's quantizer                    loadable.py      the decoder's file, as the runtime sees it
+targets.py      which type suits a device                quant.py         llama.cpp's quantizer
+loadable.py     the decoder's file, as the runtime sees it
 onnx_vision.py  the encoder's graph (onnx_graph.py)      verify.py        what it cost (calibration.py)
 """
 
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from edgevlm import families
 from edgevlm.bundle import FORMAT, MANIFEST_NAME, Manifest, Role, file_entry, read_manifest, write_manifest
-from edgevlm.converters import decoder, quant, verify
+from edgevlm.converters import decoder, quant, targets, verify
 from edgevlm.converters.checkpoint import Checkpoint, open_checkpoint, unchanged
 from edgevlm.converters.decoder import DecoderPlan
 from edgevlm.converters.mapping import Mapped, Source, map_tensors
@@ -36,6 +37,7 @@ from edgevlm.storage import commit_folder, require_free
 
 DECODER, ENCODER = "decoder.gguf", "encoder.onnx"
 DECODER_QUANTS = tuple(quant.RECIPES)
+DEVICES = targets.DEVICES
 ENCODER_QUANTS: tuple[EncoderQuant, ...] = ("int8", "fp32")
 
 Report = Callable[[str], None]
@@ -47,6 +49,7 @@ def convert(
     *,
     decoder_quant: str = "q4_k_m",
     encoder_quant: str = "int8",
+    device: str | None = None,
     decoder_types: Mapping[str, str] | None = None,
     imatrix: str | os.PathLike[str] | None = None,
     name: str | None = None,
@@ -62,8 +65,10 @@ def convert(
     Args:
         checkpoint: The folder with config.json and model.safetensors.
         out: The folder to make.
-        decoder_quant: One of `DECODER_QUANTS`.
+        decoder_quant: One of `DECODER_QUANTS`, or `auto`: what suits `device` (one of `DEVICES`, by default this
+            machine) and the model's sizes; why is reported and recorded.
         encoder_quant: One of `ENCODER_QUANTS`.
+        device: See `decoder_quant`; only `auto` may have one.
         decoder_types: For single matrices of the decoder another type: a regular expression that is searched in their
             GGUF names -> a type such as `q6_k`. Of several that match the first decides.
         imatrix: A file of `llama-imatrix` (either form) that was made from this model, to steer the quantizer.
@@ -90,22 +95,25 @@ def convert(
         edgevlm.convert("llava-1.5-7b-hf", "llava-1.5-7b", decoder_quant="iq4_nl")
     """
     tell = report or (lambda line: None)
-    wanted = quant.recipe(decoder_quant)
+    decoder.check(decoder_quant, device)
     if encoder_quant not in ENCODER_QUANTS:
         raise UsageError(f"encoder_quant is {encoder_quant!r}, it must be one of {', '.join(ENCODER_QUANTS)}")
     folder, out = Path(checkpoint).absolute(), Path(out).absolute()
     _check_out(out, overwrite=overwrite)
     tell(f"reading {folder}")
     model = _read(folder, name or folder.resolve().name, known_families)
-    planned = decoder.plan(model.mapped, wanted, types=decoder_types, imatrix=imatrix)
+    planned = decoder.plan(model.mapped, decoder_quant, device=device, types=decoder_types, imatrix=imatrix)
+    wanted = planned.recipe
     arguments: dict[str, Any] = {"decoder_quant": wanted.name, "encoder_quant": encoder_quant}
+    if planned.reason:
+        arguments["decoder_quant_auto"] = {"device": device or targets.THIS, "reason": planned.reason}
     if decoder_types:
         arguments["decoder_types"] = dict(decoder_types)
     record = provenance(model.checkpoint, source=source or model.resolved.spec.name, arguments=arguments)
     record |= planned.record()
     require_free(out, _bytes_needed(model.mapped, planned, encoder_quant))
     with commit_folder(out, may_replace=_is_bundle if overwrite else None) as building:
-        tell(f"decoder to {wanted.name}")
+        tell(f"decoder to {wanted.name}" + (f": {planned.reason}" if planned.reason else ""))
         files: list[tuple[str, Role]] = [(DECODER, "decoder")]
         general = general_keys(model.checkpoint, model.resolved.spec.name)
         cost = decoder.write(building / DECODER, planned, model.mapped, model.resolved, model.vocabulary, general)

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgevlm.converters import gguf_decoder, gguf_file, quant, tensor_types, verify
+from edgevlm.converters import gguf_decoder, gguf_file, quant, targets, tensor_types, verify
 from edgevlm.converters.imatrix import Imatrix, read_imatrix
 from edgevlm.converters.loadable import check_header, check_vocabulary
 from edgevlm.converters.mapping import Mapped
-from edgevlm.converters.quant import Recipe
+from edgevlm.converters.quant import AUTO, Recipe
 from edgevlm.converters.resolve import Resolved
+from edgevlm.converters.targets import Choice
 from edgevlm.converters.tokenizer import Vocabulary
 from edgevlm.errors import UsageError
 
@@ -30,6 +31,7 @@ class DecoderPlan:
 
     Attributes:
         recipe: The type of the weights.
+        reason: Why this one, if it was not asked for by name; else empty.
         types: Matrices that get another type than the recipe's, by GGUF name.
         imatrix: Steers the quantizer, if given.
         stored_bytes: Size of the weights as the checkpoint stores them.
@@ -37,6 +39,7 @@ class DecoderPlan:
     """
 
     recipe: Recipe
+    reason: str
     types: Mapping[str, str]
     imatrix: Imatrix | None
     stored_bytes: int
@@ -54,10 +57,28 @@ class DecoderPlan:
         return {"imatrix": {"name": self.imatrix.name, "sha256": self.imatrix.sha256}}
 
 
+def check(decoder_quant: str, device: str | None) -> None:
+    """Refuse what needs no look at the checkpoint.
+
+    Raises:
+        UsageError: an unknown recipe or device, or a device although the recipe does not depend on it.
+    """
+    if device is not None:
+        targets.check_device(device)
+    if decoder_quant.lower() == AUTO:
+        return
+    recipe = quant.recipe(decoder_quant)
+    if device is not None:
+        raise UsageError(
+            f"device {device} was asked for with decoder_quant {recipe.name}, but only `{AUTO}` chooses by device"
+        )
+
+
 def plan(
     mapped: Mapped,
-    recipe: Recipe,
+    decoder_quant: str,
     *,
+    device: str | None = None,
     types: Mapping[str, str] | None = None,
     imatrix: str | os.PathLike[str] | None = None,
 ) -> DecoderPlan:
@@ -65,7 +86,8 @@ def plan(
 
     Args:
         mapped: The checkpoint's tensors.
-        recipe: The type of the weights.
+        decoder_quant: A recipe's name, or `auto`.
+        device: What `auto` chooses for, one of `targets.DEVICES`; this machine by default.
         types: Pattern -> type for single matrices, see `tensor_types.py`.
         imatrix: A file with an importance matrix.
 
@@ -73,18 +95,25 @@ def plan(
         UsageError: an option that means nothing for this recipe or this model.
         FileError, ImatrixError: the importance matrix cannot be used.
     """
+    check(decoder_quant, device)
+    tensors = {name: source.tensor for name, source in gguf_decoder.sources(mapped).items()}
+    matrices = {name: tensor.shape for name, tensor in tensors.items() if len(tensor.shape) > 1}
+    if decoder_quant.lower() == AUTO:
+        choice = targets.choose(device or targets.THIS, matrices)
+    else:
+        choice = Choice(quant.recipe(decoder_quant), "")
+    recipe = choice.recipe
     for option, given in (("an importance matrix", imatrix is not None), ("types of single matrices", bool(types))):
         if recipe.direct and given:
             raise UsageError(
                 f"decoder_quant {recipe.name} only rounds, {option} would change nothing; "
                 "leave out the one or choose a quantized type such as q4_k_m"
             )
-    tensors = {name: source.tensor for name, source in gguf_decoder.sources(mapped).items()}
-    matrices = {name: tensor.shape for name, tensor in tensors.items() if len(tensor.shape) > 1}
     chosen = tensor_types.resolve(types or {}, matrices)
     widths = {name: shape[-1] for name, shape in matrices.items()}
     return DecoderPlan(
         recipe=recipe,
+        reason=choice.reason,
         types=chosen,
         imatrix=None if imatrix is None else read_imatrix(imatrix, widths),
         stored_bytes=sum(tensor.bits.nbytes for tensor in tensors.values()),

@@ -66,6 +66,10 @@ RECIPES = {
 }
 
 
+#: Instead of a recipe's name: `targets.py` chooses.
+AUTO = "auto"
+
+
 def recipe(name: str) -> Recipe:
     """Find a recipe, ignoring case.
 
@@ -74,7 +78,7 @@ def recipe(name: str) -> Recipe:
     """
     found = RECIPES.get(name.lower())
     if found is None:
-        raise UsageError(f"decoder_quant is {name!r}, it must be one of {', '.join(RECIPES)}")
+        raise UsageError(f"decoder_quant is {name!r}, it must be one of {', '.join(RECIPES)} or {AUTO}")
     return found
 
 

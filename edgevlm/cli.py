@@ -126,8 +126,14 @@ def convert(
     checkpoint: Annotated[Path, typer.Argument(show_default=False, help="Folder of a Hugging Face checkpoint.")],
     out: Annotated[Path, typer.Argument(show_default=False, help="Folder of the bundle to make.")],
     decoder_quant: Annotated[
-        str, typer.Option("--decoder-quant", metavar="TYPE", help="Type of the language model's weights.")
+        str, typer.Option("--decoder-quant", metavar="TYPE", help="Type of the language model's weights, or auto.")
     ] = "q4_k_m",
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device", metavar="NAME", help="What auto chooses for: this, pi4, pi5, apple or x86. [default: this]"
+        ),
+    ] = None,
     encoder_quant: Annotated[
         str, typer.Option("--encoder-quant", metavar="TYPE", help="Type of the vision encoder's weights.")
     ] = "int8",
@@ -156,8 +162,9 @@ def convert(
 
     \b
     Examples:
-      edgevlm convert ./llava-checkpoint ./my-bundle --decoder-quant q4_k_m
-      edgevlm convert ./llava-checkpoint ./my-bundle --decoder-type ffn_down=q6_k
+      edgevlm convert ./checkpoint ./bundle --decoder-quant q5_k_m
+      edgevlm convert ./checkpoint ./bundle --decoder-quant auto --device pi5
+      edgevlm convert ./checkpoint ./bundle --decoder-type ffn_down=q6_k
     """
     from edgevlm.converters import convert as convert_checkpoint
 
@@ -166,6 +173,7 @@ def convert(
         out,
         decoder_quant=decoder_quant,
         encoder_quant=encoder_quant,
+        device=device,
         decoder_types=_pairs(decoder_type or []),
         imatrix=imatrix,
         name=name,

@@ -341,3 +341,14 @@ def test_types_of_single_matrices(run: Runner, tmp_path: Path) -> None:
     assert (result.code, result.out) == (0, "")
     arguments = json.loads((out / "bundle.json").read_text())["provenance"]["arguments"]
     assert arguments["decoder_types"] == {"attn_v": "q6_k", "attn": "q8_0"}
+
+
+def test_auto_chooses_a_type_and_says_why(run: Runner, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run("convert", CHECKPOINT, out, "--decoder-quant", "auto", "--device", "pi5").code == 0
+    arguments = json.loads((out / "bundle.json").read_text())["provenance"]["arguments"]
+    assert arguments["decoder_quant"] == "q4_k_m"
+    assert arguments["decoder_quant_auto"]["device"] == "pi5"
+    assert "Raspberry Pi 5" in arguments["decoder_quant_auto"]["reason"]
+    refused(run("convert", CHECKPOINT, out, "--device", "pi3"), "usage.invalid", 2, "pi4, pi5")
+    refused(run("convert", CHECKPOINT, out, "--device", "pi4"), "usage.invalid", 2, "q4_k_m", "auto")
