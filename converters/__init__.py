@@ -7,6 +7,7 @@ decoder.py      what becomes of the decoder              imatrix.py, tensor_type
 targets.py      which type suits a device                quant.py         llama.cpp's quantizer
 loadable.py     the decoder's file, as the runtime sees it
 onnx_vision.py  the encoder's graph (onnx_graph.py)      verify.py        what it cost (calibration.py)
+fidelity.py     what it cost the answers                 limits.py        and what is too much
 """
 
 from __future__ import annotations
@@ -22,20 +23,26 @@ from numpy.typing import NDArray
 
 from edgevlm import families
 from edgevlm.bundle import FORMAT, MANIFEST_NAME, Manifest, Role, file_entry, read_manifest, write_manifest
-from edgevlm.converters import decoder, quant, targets, verify
+from edgevlm.converters import decoder, limits, quant, targets, verify
 from edgevlm.converters.checkpoint import Checkpoint, open_checkpoint, unchanged
 from edgevlm.converters.decoder import DecoderPlan
+from edgevlm.converters.fidelity import TOKENS
 from edgevlm.converters.mapping import Mapped, Source, map_tensors
 from edgevlm.converters.onnx_vision import EncoderQuant, build_encoder
 from edgevlm.converters.provenance import general_keys, provenance
 from edgevlm.converters.resolve import Resolved, ResolvedVision, resolve
 from edgevlm.converters.tokenizer import Vocabulary, read_vocabulary, token_texts
 from edgevlm.converters.weights import as_float32
-from edgevlm.errors import CheckpointError, StorageError, UsageError
+from edgevlm.errors import CheckpointError, FidelityError, StorageError, UsageError
 from edgevlm.families.schema import Family
 from edgevlm.storage import commit_folder, require_free
 
 DECODER, ENCODER = "decoder.gguf", "encoder.onnx"
+_FILES: tuple[tuple[str, Role], ...] = (
+    (DECODER, "decoder"),
+    (ENCODER, "encoder"),
+    (f"{ENCODER}.data", "encoder-data"),
+)
 DECODER_QUANTS = tuple(quant.RECIPES)
 DEVICES = targets.DEVICES
 ENCODER_QUANTS: tuple[EncoderQuant, ...] = ("int8", "fp32")
@@ -55,6 +62,8 @@ def convert(
     name: str | None = None,
     source: str | None = None,
     overwrite: bool = False,
+    force: bool = False,
+    fidelity_tokens: int = TOKENS,
     report: Report | None = None,
     known_families: tuple[Family, ...] | None = None,
 ) -> Manifest:
@@ -75,6 +84,9 @@ def convert(
         name: What the model is called; the checkpoint folder's name by default.
         source: Where the checkpoint comes from (a repository name), for the record; `name` by default.
         overwrite: Whether an existing bundle at `out` gives way. Anything else there never does.
+        force: Whether to keep a model whose error passes a limit (`limits.py`); the bundle says so then.
+        fidelity_tokens: How many predictions of the decoder are compared with those of the unquantized one, on a
+            built-in text; 0 compares none, which saves time and says nothing about them.
         report: Called with one line as each step begins.
         known_families: Families to choose from; every one of `edgevlm.families` by default.
 
@@ -86,6 +98,7 @@ def convert(
         FileError: the checkpoint or the importance matrix does not exist.
         ImatrixError: the importance matrix is damaged or of another model.
         CheckpointError: the checkpoint cannot be converted.
+        FidelityError: the error passes a limit, with the figures and a better choice.
         StorageError: `out` exists, or the disk is full or refuses.
         DependencyError: a package of the extra `convert` is missing.
         BackendError: llama.cpp or ONNX Runtime failed.
@@ -102,33 +115,30 @@ def convert(
     _check_out(out, overwrite=overwrite)
     tell(f"reading {folder}")
     model = _read(folder, name or folder.resolve().name, known_families)
-    planned = decoder.plan(model.mapped, decoder_quant, device=device, types=decoder_types, imatrix=imatrix)
-    wanted = planned.recipe
-    arguments: dict[str, Any] = {"decoder_quant": wanted.name, "encoder_quant": encoder_quant}
-    if planned.reason:
-        arguments["decoder_quant_auto"] = {"device": device or targets.THIS, "reason": planned.reason}
-    if decoder_types:
-        arguments["decoder_types"] = dict(decoder_types)
+    planned = decoder.plan(
+        model.mapped,
+        decoder_quant,
+        device=device,
+        types=decoder_types,
+        imatrix=imatrix,
+        fidelity_tokens=fidelity_tokens,
+    )
+    arguments = {**planned.arguments, "encoder_quant": encoder_quant, **({"force": True} if force else {})}
     record = provenance(model.checkpoint, source=source or model.resolved.spec.name, arguments=arguments)
     record |= planned.record()
     require_free(out, _bytes_needed(model.mapped, planned, encoder_quant))
     with commit_folder(out, may_replace=_is_bundle if overwrite else None) as building:
-        tell(f"decoder to {wanted.name}" + (f": {planned.reason}" if planned.reason else ""))
-        files: list[tuple[str, Role]] = [(DECODER, "decoder")]
-        general = general_keys(model.checkpoint, model.resolved.spec.name)
-        cost = decoder.write(building / DECODER, planned, model.mapped, model.resolved, model.vocabulary, general)
-        fidelity = {"decoder": cost}
-        if model.resolved.vision:
-            tell(f"encoder to {encoder_quant}")
-            fidelity["encoder"] = _convert_encoder(building, model, model.resolved.vision, encoder_quant)
-            files += [(ENCODER, "encoder"), (f"{ENCODER}.data", "encoder-data")]
+        fidelity = _write_weights(building, model, planned, encoder_quant, tell)
+        beyond = limits.exceeded(fidelity, planned.recipe.name, encoder_quant)
+        if beyond and not force:
+            raise FidelityError(f"{'; '.join(beyond)}; or force it", code="fidelity.exceeded")
         model.check_unchanged()
         manifest = Manifest(
             format=FORMAT,
             spec=model.resolved.spec,
-            files=tuple(file_entry(building / name, role) for name, role in files),
+            files=tuple(file_entry(building / name, role) for name, role in _FILES if (building / name).exists()),
             provenance={**record, "unused_tensors": list(model.mapped.unused)},
-            fidelity=fidelity,
+            fidelity={**fidelity, "exceeded_limits": beyond} if beyond else fidelity,
         )
         write_manifest(building, manifest)
         read_manifest(building)
@@ -191,7 +201,21 @@ def _bytes_needed(mapped: Mapped, decoder: DecoderPlan, encoder_quant: str) -> i
     return decoder.peak_bytes + encoder * (4 if encoder_quant == "fp32" else 5) + (16 << 20)
 
 
-def _convert_encoder(building: Path, model: _Model, vision: ResolvedVision, encoder_quant: str) -> dict[str, object]:
+def _write_weights(
+    building: Path, model: _Model, planned: DecoderPlan, encoder_quant: str, tell: Report
+) -> dict[str, dict[str, Any]]:
+    """Write the files of `_FILES` that the model has; returns what each part cost."""
+    tell(f"decoder to {planned.recipe.name}" + (f": {planned.reason}" if planned.reason else ""))
+    resolved = model.resolved
+    general = general_keys(model.checkpoint, resolved.spec.name)
+    cost = decoder.write(building / DECODER, planned, model.mapped, resolved, model.vocabulary, general, tell)
+    if not resolved.vision:
+        return {"decoder": cost}
+    tell(f"encoder to {encoder_quant}")
+    return {"decoder": cost, "encoder": _convert_encoder(building, model, resolved.vision, encoder_quant)}
+
+
+def _convert_encoder(building: Path, model: _Model, vision: ResolvedVision, encoder_quant: str) -> dict[str, Any]:
     """Write encoder.onnx and its data; the float32 graph is built as well when int8 has to be compared with it."""
     tower, connector = Reader(model.mapped.tower), Reader(model.mapped.connector)
     build_encoder(building / ENCODER, vision, tower, connector, encoder_quant)  # type: ignore[arg-type]

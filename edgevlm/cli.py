@@ -153,6 +153,13 @@ def convert(
         str | None, typer.Option("--name", metavar="NAME", help="What to call the model. [default: CHECKPOINT's name]")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a bundle.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Keep the bundle even if too much was lost.")] = False,
+    fidelity_tokens: Annotated[
+        int,
+        typer.Option(
+            "--fidelity-tokens", metavar="N", help="Predictions to compare with the checkpoint's; 0 for none."
+        ),
+    ] = 2048,
 ) -> None:
     """Convert a Hugging Face checkpoint to a bundle.
 
@@ -178,6 +185,8 @@ def convert(
         imatrix=imatrix,
         name=name,
         overwrite=overwrite,
+        force=force,
+        fidelity_tokens=fidelity_tokens,
         report=(lambda line: typer.echo(line, err=True)) if sys.stderr.isatty() else None,
     )
 

@@ -9,6 +9,7 @@
     ├── GGUFError                     a GGUF file breaks the format or asks for what we cannot run
     ├── CheckpointError               a checkpoint cannot be converted
     ├── ImatrixError                  an importance matrix cannot be used for this model
+    ├── FidelityError                 a conversion would cost more than allowed
     ├── CapabilityError               the model cannot do what was asked
     ├── ContextError                  the prompt does not fit into the context
     ├── KernelError                   an unknown or unusable SIMD target
@@ -57,6 +58,7 @@ CODES: dict[str, str] = {
     "checkpoint.overflow": "a weight does not fit into the requested type",
     "imatrix.invalid": "the file is not an importance matrix, or is damaged",
     "imatrix.mismatch": "the importance matrix belongs to another model",
+    "fidelity.exceeded": "the converted model differs too much from its checkpoint",
     "capability.no_vision": "a picture was given to a text-only model",
     "capability.no_template": "the model carries no chat template that can be used",
     "context.too_small": "the prompt needs more positions than the context has",
@@ -138,6 +140,10 @@ class CheckpointError(EdgeVLMError):
 
 class ImatrixError(EdgeVLMError):
     """An importance matrix cannot be used for this model."""
+
+
+class FidelityError(EdgeVLMError):
+    """A conversion would cost more than allowed."""
 
 
 class CapabilityError(EdgeVLMError):
