@@ -2,40 +2,49 @@
 
 checkpoint.py   the folder: JSON files, tensors (safetensors.py)
 resolve.py      family + JSON -> every number            mapping.py       every tensor -> its place
-tokenizer.py    tokenizer files -> GGUF keys             gguf_decoder.py  the decoder's file (gguf_file.py, quant.py)
-onnx_vision.py  the encoder's graph (onnx_graph.py)      verify.py        what it cost (calibration.py)
+tokenizer.py    tokenizer files -> GGUF keys             gguf_decoder.py  the decoder's file (gguf_file.py)
+decoder.py      what becomes of the decoder              imatrix.py, tensor_types.py   what steers its quantizer
+targets.py      which type suits a device                quant.py         llama.cpp's quantizer
 loadable.py     the decoder's file, as the runtime sees it
+onnx_vision.py  the encoder's graph (onnx_graph.py)      verify.py        what it cost (calibration.py)
+fidelity.py     what it cost the answers                 limits.py        and what is too much
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgevlm import families
 from edgevlm.bundle import FORMAT, MANIFEST_NAME, Manifest, Role, file_entry, read_manifest, write_manifest
-from edgevlm.converters import gguf_decoder, quant, verify
+from edgevlm.converters import decoder, limits, quant, targets, verify
 from edgevlm.converters.checkpoint import Checkpoint, open_checkpoint, unchanged
-from edgevlm.converters.loadable import check_header, check_vocabulary
+from edgevlm.converters.decoder import DecoderPlan
+from edgevlm.converters.fidelity import TOKENS
 from edgevlm.converters.mapping import Mapped, Source, map_tensors
 from edgevlm.converters.onnx_vision import EncoderQuant, build_encoder
 from edgevlm.converters.provenance import general_keys, provenance
-from edgevlm.converters.quant import Recipe
 from edgevlm.converters.resolve import Resolved, ResolvedVision, resolve
 from edgevlm.converters.tokenizer import Vocabulary, read_tokens, read_vocabulary
 from edgevlm.converters.weights import as_float32
-from edgevlm.errors import CheckpointError, StorageError, UsageError
+from edgevlm.errors import CheckpointError, FidelityError, StorageError, UsageError
 from edgevlm.families.schema import Family
 from edgevlm.storage import commit_folder, require_free
 
 DECODER, ENCODER = "decoder.gguf", "encoder.onnx"
+_FILES: tuple[tuple[str, Role], ...] = (
+    (DECODER, "decoder"),
+    (ENCODER, "encoder"),
+    (f"{ENCODER}.data", "encoder-data"),
+)
 DECODER_QUANTS = tuple(quant.RECIPES)
+DEVICES = targets.DEVICES
 ENCODER_QUANTS: tuple[EncoderQuant, ...] = ("int8", "fp32")
 
 Report = Callable[[str], None]
@@ -47,9 +56,14 @@ def convert(
     *,
     decoder_quant: str = "q4_k_m",
     encoder_quant: str = "int8",
+    device: str | None = None,
+    decoder_types: Mapping[str, str] | None = None,
+    imatrix: str | os.PathLike[str] | None = None,
     name: str | None = None,
     source: str | None = None,
     overwrite: bool = False,
+    force: bool = False,
+    fidelity_tokens: int = TOKENS,
     report: Report | None = None,
     known_families: tuple[Family, ...] | None = None,
 ) -> Manifest:
@@ -60,11 +74,19 @@ def convert(
     Args:
         checkpoint: The folder with config.json and model.safetensors.
         out: The folder to make.
-        decoder_quant: One of `DECODER_QUANTS`.
+        decoder_quant: One of `DECODER_QUANTS`, or `auto`: what suits `device` (one of `DEVICES`, by default this
+            machine) and the model's sizes; why is reported and recorded.
         encoder_quant: One of `ENCODER_QUANTS`.
+        device: See `decoder_quant`; only `auto` may have one.
+        decoder_types: For single matrices of the decoder another type: a regular expression that is searched in their
+            GGUF names -> a type such as `q6_k`. Of several that match the first decides.
+        imatrix: A file of `llama-imatrix` (either form) that was made from this model, to steer the quantizer.
         name: What the model is called; the checkpoint folder's name by default.
         source: Where the checkpoint comes from (a repository name), for the record; `name` by default.
         overwrite: Whether an existing bundle at `out` gives way. Anything else there never does.
+        force: Whether to keep a model whose error passes a limit (`limits.py`); the bundle says so then.
+        fidelity_tokens: How many predictions of the decoder are compared with those of the unquantized one, on a
+            built-in text; 0 compares none, which saves time and says nothing about them.
         report: Called with one line as each step begins.
         known_families: Families to choose from; every one of `edgevlm.families` by default.
 
@@ -72,9 +94,11 @@ def convert(
         The manifest that was written.
 
     Raises:
-        UsageError: an unknown type.
-        FileError: the checkpoint does not exist.
+        UsageError: an unknown type, or options that contradict each other.
+        FileError: the checkpoint or the importance matrix does not exist.
+        ImatrixError: the importance matrix is damaged or of another model.
         CheckpointError: the checkpoint cannot be converted.
+        FidelityError: the error passes a limit, with the figures and a better choice.
         StorageError: `out` exists, or the disk is full or refuses.
         DependencyError: a package of the extra `convert` is missing.
         BackendError: llama.cpp or ONNX Runtime failed.
@@ -84,31 +108,37 @@ def convert(
         edgevlm.convert("llava-1.5-7b-hf", "llava-1.5-7b", decoder_quant="iq4_nl")
     """
     tell = report or (lambda line: None)
-    wanted = quant.recipe(decoder_quant)
+    decoder.check(decoder_quant, device)
     if encoder_quant not in ENCODER_QUANTS:
         raise UsageError(f"encoder_quant is {encoder_quant!r}, it must be one of {', '.join(ENCODER_QUANTS)}")
     folder, out = Path(checkpoint).absolute(), Path(out).absolute()
     _check_out(out, overwrite=overwrite)
     tell(f"reading {folder}")
     model = _read(folder, name or folder.resolve().name, known_families)
-    arguments = {"decoder_quant": wanted.name, "encoder_quant": encoder_quant}
+    planned = decoder.plan(
+        model.mapped,
+        decoder_quant,
+        device=device,
+        types=decoder_types,
+        imatrix=imatrix,
+        fidelity_tokens=fidelity_tokens,
+    )
+    arguments = {**planned.arguments, "encoder_quant": encoder_quant, **({"force": True} if force else {})}
     record = provenance(model.checkpoint, source=source or model.resolved.spec.name, arguments=arguments)
-    require_free(out, _bytes_needed(model.mapped, wanted, encoder_quant))
+    record |= planned.record()
+    require_free(out, _bytes_needed(model.mapped, planned, encoder_quant))
     with commit_folder(out, may_replace=_is_bundle if overwrite else None) as building:
-        tell(f"decoder to {wanted.name}")
-        files: list[tuple[str, Role]] = [(DECODER, "decoder")]
-        fidelity = {"decoder": _convert_decoder(building, model, wanted)}
-        if model.resolved.vision:
-            tell(f"encoder to {encoder_quant}")
-            fidelity["encoder"] = _convert_encoder(building, model, model.resolved.vision, encoder_quant)
-            files += [(ENCODER, "encoder"), (f"{ENCODER}.data", "encoder-data")]
+        fidelity = _write_weights(building, model, planned, encoder_quant, tell)
+        beyond = limits.exceeded(fidelity, planned.recipe.name, encoder_quant)
+        if beyond and not force:
+            raise FidelityError(f"{'; '.join(beyond)}; or force it", code="fidelity.exceeded")
         model.check_unchanged()
         manifest = Manifest(
             format=FORMAT,
             spec=model.resolved.spec,
-            files=tuple(file_entry(building / name, role) for name, role in files),
+            files=tuple(file_entry(building / name, role) for name, role in _FILES if (building / name).exists()),
             provenance={**record, "unused_tensors": list(model.mapped.unused)},
-            fidelity=fidelity,
+            fidelity={**fidelity, "exceeded_limits": beyond} if beyond else fidelity,
         )
         write_manifest(building, manifest)
         read_manifest(building)
@@ -165,34 +195,27 @@ def _architectures(opened: Checkpoint) -> list[str]:
     return [str(name) for name in found] if isinstance(found, list) else []
 
 
-def _bytes_needed(mapped: Mapped, wanted: Recipe, encoder_quant: str) -> int:
+def _bytes_needed(mapped: Mapped, decoder: DecoderPlan, encoder_quant: str) -> int:
     """What the conversion writes at its peak, roughly: intermediate files included."""
-    decoder = [source.tensor.bits for source in gguf_decoder.sources(mapped).values()]
-    matrices = sum(bits.size for bits in decoder)
-    stored = 0 if wanted.direct else sum(bits.nbytes for bits in decoder)
     encoder = sum(source.tensor.bits.size for source in [*mapped.tower.values(), *mapped.connector.values()])
-    return stored + int(matrices * wanted.bits / 8) + encoder * (4 if encoder_quant == "fp32" else 5) + (16 << 20)
+    return decoder.peak_bytes + encoder * (4 if encoder_quant == "fp32" else 5) + (16 << 20)
 
 
-def _convert_decoder(building: Path, model: _Model, wanted: Recipe) -> dict[str, object]:
-    """Write decoder.gguf, by way of a file at the checkpoint's own precision unless the recipe only rounds."""
-    resolved, mapped, vocabulary = model.resolved, model.mapped, model.vocabulary
+def _write_weights(
+    building: Path, model: _Model, planned: DecoderPlan, encoder_quant: str, tell: Report
+) -> dict[str, dict[str, Any]]:
+    """Write the files of `_FILES` that the model has; returns what each part cost."""
+    tell(f"decoder to {planned.recipe.name}" + (f": {planned.reason}" if planned.reason else ""))
+    resolved = model.resolved
     general = general_keys(model.checkpoint, resolved.spec.name)
-    tensors = gguf_decoder.plan(mapped, resolved, wanted)
-    final, exact = building / DECODER, building / "decoder.exact.gguf"
-    written = final if wanted.direct else exact
-    gguf_decoder.write(written, resolved, vocabulary, tensors, wanted.file_type, general)
-    check_header(written)  # before llama.cpp reads it, which ends the process on some values
-    check_vocabulary(written, vocabulary.stops)
-    if not wanted.direct:
-        estimate = int(sum(math.prod(tensor.shape) for tensor in tensors) * wanted.bits / 8)
-        quant.quantize(exact, final, wanted, size_estimate=estimate)
-        exact.unlink()
-        check_header(final)
-    return verify.decoder_fidelity(final, gguf_decoder.exact_matrices(mapped), wanted)
+    cost = decoder.write(building / DECODER, planned, model.mapped, resolved, model.vocabulary, general, tell)
+    if not resolved.vision:
+        return {"decoder": cost}
+    tell(f"encoder to {encoder_quant}")
+    return {"decoder": cost, "encoder": _convert_encoder(building, model, resolved.vision, encoder_quant)}
 
 
-def _convert_encoder(building: Path, model: _Model, vision: ResolvedVision, encoder_quant: str) -> dict[str, object]:
+def _convert_encoder(building: Path, model: _Model, vision: ResolvedVision, encoder_quant: str) -> dict[str, Any]:
     """Write encoder.onnx and its data; the float32 graph is built as well when int8 has to be compared with it."""
     tower, connector = Reader(model.mapped.tower), Reader(model.mapped.connector)
     build_encoder(building / ENCODER, vision, tower, connector, encoder_quant)  # type: ignore[arg-type]

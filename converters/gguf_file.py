@@ -113,3 +113,15 @@ def block_size(kind: str) -> int:
     """Weights in one block of a type: rows must be a multiple of it."""
     gguf = need("gguf", "convert")
     return int(gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0])
+
+
+def type_id(kind: str) -> int:
+    """enum ggml_type."""
+    return int(need("gguf", "convert").GGMLQuantizationType[kind])
+
+
+def nbytes(shape: tuple[int, ...], kind: str) -> int:
+    """Size of a tensor of a type; rows must be a multiple of its block."""
+    gguf = need("gguf", "convert")
+    block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    return math.prod(shape) // int(block) * int(block_bytes)

@@ -13,7 +13,7 @@ _CARD_KEYS = ("license", "license_name", "license_link", "base_model")
 _TOOLS = ("edgevlm", "llama-cpp-python", "gguf", "onnx-ir", "onnxruntime", "numpy")
 
 
-def provenance(checkpoint: Checkpoint, *, source: str, arguments: dict[str, str]) -> dict[str, Any]:
+def provenance(checkpoint: Checkpoint, *, source: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """The section; it holds no date, and of the path only the folder's name: converting twice gives the same bytes."""
     return {
         "source": source,

@@ -8,10 +8,18 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from edgevlm import llama
+from edgevlm.converters import gguf_file
 from edgevlm.errors import BackendError, UsageError
 from edgevlm.machine import usable_cpus
 from edgevlm.storage import free_bytes, full, storage_errors
@@ -58,6 +66,10 @@ RECIPES = {
 }
 
 
+#: Instead of a recipe's name: `targets.py` chooses.
+AUTO = "auto"
+
+
 def recipe(name: str) -> Recipe:
     """Find a recipe, ignoring case.
 
@@ -66,11 +78,19 @@ def recipe(name: str) -> Recipe:
     """
     found = RECIPES.get(name.lower())
     if found is None:
-        raise UsageError(f"decoder_quant is {name!r}, it must be one of {', '.join(RECIPES)}")
+        raise UsageError(f"decoder_quant is {name!r}, it must be one of {', '.join(RECIPES)} or {AUTO}")
     return found
 
 
-def quantize(source: Path, out: Path, wanted: Recipe, *, size_estimate: int) -> None:
+def quantize(
+    source: Path,
+    out: Path,
+    wanted: Recipe,
+    *,
+    size_estimate: int,
+    importance: Mapping[str, NDArray[np.float32]] | None = None,
+    types: Mapping[str, str] | None = None,
+) -> None:
     """Quantize a GGUF file with llama.cpp; the result does not depend on the number of threads.
 
     Args:
@@ -78,6 +98,9 @@ def quantize(source: Path, out: Path, wanted: Recipe, *, size_estimate: int) -> 
         out: Must not exist.
         wanted: Not a `direct` recipe.
         size_estimate: Bytes that `out` will take, to tell a full disk from other failures.
+        importance: For each matrix how much each of its inputs matters, float32 [row width] (see `imatrix.py`). With
+            it llama.cpp would store a few matrices of `q4_0` as Q4_1, were that recipe not pure.
+        types: For single matrices another ggml type than the recipe's; its blocks must divide their rows.
 
     Raises:
         StorageError: the disk is full.
@@ -89,12 +112,38 @@ def quantize(source: Path, out: Path, wanted: Recipe, *, size_estimate: int) -> 
     params.ftype = wanted.file_type
     params.pure = wanted.pure
     params.max_buf_size = _BUFFER_BYTES
+    # llama.cpp reads these arrays during the call: they need names of their own, or they would be freed before.
+    entries, overrides = _imatrix(native, importance or {}), _overrides(native, types or {})
+    if importance:
+        params.imatrix = entries
+    if types:
+        params.tt_overrides = overrides
+    llama.clear_log()
     status = native.llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(params))
     if status == 0:
         return
     reason = llama.last_log()
     _check_room(out, size_estimate)
     raise BackendError(f"llama.cpp could not quantize to {wanted.name}: {reason}", code="backend.failed")
+
+
+def _imatrix(native: ModuleType, importance: Mapping[str, NDArray[np.float32]]) -> Any:
+    """llama.cpp's array of entries, ended by one without a name; it points into the arrays of `importance`."""
+    numbers = ctypes.POINTER(ctypes.c_float)
+    entries = (native.llama_model_imatrix_data * (len(importance) + 1))()
+    for entry, (name, values) in zip(entries, importance.items(), strict=False):
+        assert values.dtype == np.float32, name
+        assert values.flags.c_contiguous, name
+        entry.name, entry.data, entry.size = name.encode(), values.ctypes.data_as(numbers), values.size
+    return entries
+
+
+def _overrides(native: ModuleType, types: Mapping[str, str]) -> Any:
+    """llama.cpp's array of (regular expression, type), ended by one without an expression."""
+    entries = (native.llama_model_tensor_override * (len(types) + 1))()
+    for entry, (name, kind) in zip(entries, types.items(), strict=False):
+        entry.pattern, entry.type = f"^{re.escape(name)}$".encode(), gguf_file.type_id(kind)
+    return entries
 
 
 def _check_room(out: Path, needed: int) -> None:

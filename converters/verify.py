@@ -62,13 +62,16 @@ def relative_error(reference: NDArray[np.float32], found: NDArray[np.float32]) -
     return math.sqrt(float((difference**2).sum()) / max(float((reference.astype(np.float64) ** 2).sum()), 1e-300))
 
 
-def decoder_fidelity(path: Path, exact: Mapping[str, Matrix], wanted: Recipe) -> dict[str, Any]:
+def decoder_fidelity(
+    path: Path, exact: Mapping[str, Matrix], wanted: Recipe, chosen: Mapping[str, str]
+) -> dict[str, Any]:
     """Compare the matrices of a finished GGUF file with the checkpoint's, type by type.
 
     Args:
         path: The finished file.
         exact: For each matrix a function that gives its true values, float32, in the file's layout.
         wanted: The recipe; matrices of another type are listed as `replaced`, with the reason.
+        chosen: Matrices whose type was chosen one by one.
 
     Returns:
         `types`: for each ggml type the number of tensors, bytes and relative RMS error of its weights;
@@ -82,7 +85,7 @@ def decoder_fidelity(path: Path, exact: Mapping[str, Matrix], wanted: Recipe) ->
         entry = totals.setdefault(tensor.type, [0, 0, 0.0, 0.0])
         for i, amount in enumerate((1, tensor.nbytes, *squares)):
             entry[i] += amount
-        if matrix and tensor.type not in wanted.types:
+        if matrix and tensor.type not in (chosen.get(tensor.name), *wanted.types):
             replaced[tensor.name] = f"{tensor.type} ({_why(tensor, wanted)})"
     return {
         "against": "the checkpoint's weights",

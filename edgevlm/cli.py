@@ -126,15 +126,40 @@ def convert(
     checkpoint: Annotated[Path, typer.Argument(show_default=False, help="Folder of a Hugging Face checkpoint.")],
     out: Annotated[Path, typer.Argument(show_default=False, help="Folder of the bundle to make.")],
     decoder_quant: Annotated[
-        str, typer.Option("--decoder-quant", metavar="TYPE", help="Type of the language model's weights.")
+        str, typer.Option("--decoder-quant", metavar="TYPE", help="Type of the language model's weights, or auto.")
     ] = "q4_k_m",
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device", metavar="NAME", help="What auto chooses for: this, pi4, pi5, apple or x86. [default: this]"
+        ),
+    ] = None,
     encoder_quant: Annotated[
         str, typer.Option("--encoder-quant", metavar="TYPE", help="Type of the vision encoder's weights.")
     ] = "int8",
+    decoder_type: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--decoder-type",
+            metavar="PATTERN=TYPE",
+            help="Another type for matrices whose GGUF name matches; may be repeated, the first match decides.",
+        ),
+    ] = None,
+    imatrix: Annotated[
+        Path | None,
+        typer.Option("--imatrix", metavar="FILE", help="Importance matrix (llama-imatrix) of this very model."),
+    ] = None,
     name: Annotated[
         str | None, typer.Option("--name", metavar="NAME", help="What to call the model. [default: CHECKPOINT's name]")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a bundle.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Keep the bundle even if too much was lost.")] = False,
+    fidelity_tokens: Annotated[
+        int,
+        typer.Option(
+            "--fidelity-tokens", metavar="N", help="Predictions to compare with the checkpoint's; 0 for none."
+        ),
+    ] = 2048,
 ) -> None:
     """Convert a Hugging Face checkpoint to a bundle.
 
@@ -143,8 +168,10 @@ def convert(
     Decoder types: f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, iq4_nl, q4_0. Encoder types: fp32, int8.
 
     \b
-    Example:
-      edgevlm convert ./llava-checkpoint ./my-bundle --decoder-quant q4_k_m
+    Examples:
+      edgevlm convert ./checkpoint ./bundle --decoder-quant q5_k_m
+      edgevlm convert ./checkpoint ./bundle --decoder-quant auto --device pi5
+      edgevlm convert ./checkpoint ./bundle --decoder-type ffn_down=q6_k
     """
     from edgevlm.converters import convert as convert_checkpoint
 
@@ -153,8 +180,13 @@ def convert(
         out,
         decoder_quant=decoder_quant,
         encoder_quant=encoder_quant,
+        device=device,
+        decoder_types=_pairs(decoder_type or []),
+        imatrix=imatrix,
         name=name,
         overwrite=overwrite,
+        force=force,
+        fidelity_tokens=fidelity_tokens,
         report=(lambda line: typer.echo(line, err=True)) if sys.stderr.isatty() else None,
     )
 
@@ -207,6 +239,21 @@ def main() -> None:
         # One line whatever a native library put into the message, so that scripts can read it.
         typer.echo(f"edgevlm: {' '.join(str(error).split())} [{error.code}]", err=True)
         sys.exit(error.exit_code)
+
+
+def _pairs(options: list[str]) -> dict[str, str]:
+    """`PATTERN=TYPE` options in their order; a pattern may hold `=` itself."""
+    pairs = {}
+    for option in options:
+        pattern, equals, kind = option.rpartition("=")
+        if not equals or pattern in pairs:
+            raise UsageError(
+                f"--decoder-type {option} is not PATTERN=TYPE"
+                if not equals
+                else f"--decoder-type {pattern} is given twice"
+            )
+        pairs[pattern] = kind
+    return pairs
 
 
 def _inputs(prompt: str, images: list[str]) -> tuple[str, list[str | bytes]]:

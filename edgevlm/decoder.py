@@ -47,6 +47,9 @@ class Decoder:
         threads: Threads for prefill and decode; None takes every CPU that this process may use.
         kv_type: Type of the key/value cache. f32 also turns flash attention off: slower, for comparisons with the
             reference.
+        scored: Most tokens that `score` is ever given at once; llama.cpp reserves room for that many rows of logits.
+        repack: Whether weights are copied into the layout of the fastest kernels. Without, they stay mapped: pages of
+            the file that the system may drop, for machines with less memory than the model takes.
 
     Raises:
         FileError, GGUFError: the file cannot be used (see `edgevlm.gguf`).
@@ -61,16 +64,19 @@ class Decoder:
         context: int | None = None,
         threads: int | None = None,
         kv_type: KVType = "f16",
+        scored: int = 1,
+        repack: bool = True,
     ) -> None:
         check_threads(threads)
         self.header = read_header(path)
         self.n_context = _context_size(self.header, context)
         self._llama = library()
-        self._model = _load_model(self._llama, path)
+        self._model = _load_model(self._llama, path, repack=repack)
         self._close_model = _free_later(self, self._llama.llama_model_free, self._model)
         self._vocab = self._llama.llama_model_get_vocab(self._model)
         self.n_vocab = self._llama.llama_vocab_n_tokens(self._vocab)
         self.n_embd = self._llama.llama_model_n_embd_inp(self._model)
+        self._scored = scored
         self._context = self._new_context(threads, kv_type)
         self._close_context = _free_later(self, self._llama.llama_free, self._context)
         self.n_past = 0
@@ -104,9 +110,9 @@ class Decoder:
         params.n_ctx = self.n_context
         params.n_batch = params.n_ubatch = _N_BATCH
         params.n_seq_max = 1
-        # Only the last row of a batch is ever read: without this, llama.cpp reserves logits for a whole batch, which
-        # for a vocabulary of 128k is 263 MB.
-        params.n_outputs_max = 1
+        # Only the last row of a batch is read, except by `score`: without this, llama.cpp reserves logits for a whole
+        # batch, which for a vocabulary of 128k is 263 MB.
+        params.n_outputs_max = self._scored
         params.n_threads = params.n_threads_batch = threads or usable_cpus()
         # llama.cpp's flash attention works in float16 whatever the cache holds: measured against the reference, logits
         # are off by 2e-4 to 7e-4 with it and by 7e-7 without (float32 cache, tiny random model).
@@ -238,6 +244,28 @@ class Decoder:
             elif isinstance(segment, ImageSegment):
                 self._decode_rows(segment.rows_ND, want_logits=number == last)
 
+    def score(self, tokens: tuple[int, ...]) -> NDArray[np.float32]:
+        """Decode tokens after what the context holds already, and read the logits of each.
+
+        Args:
+            tokens: At least one, at most `scored` of the constructor.
+
+        Returns:
+            float32 [len(tokens), n_vocab]: a view that lasts until the next decode or `close`.
+
+        Raises:
+            ContextError: they do not fit; nothing was decoded.
+            BackendError: llama.cpp failed.
+        """
+        import numpy as np
+
+        if not 1 <= len(tokens) <= min(self._scored, _N_BATCH):
+            raise ValueError(f"{len(tokens)} tokens to score, between 1 and {min(self._scored, _N_BATCH)} fit")
+        self.check_open()
+        self.check_room(len(tokens))
+        self._decode_tokens(tokens, want_logits=True, of_each=True)
+        return np.ctypeslib.as_array(self._llama.llama_get_logits(self._context), shape=(len(tokens), self.n_vocab))
+
     def step(self, token: int) -> None:
         """Decode one token after what the context holds already.
 
@@ -260,11 +288,12 @@ class Decoder:
             raise BackendError("there are no logits to read; decode something first", code="backend.failed")
         return np.ctypeslib.as_array(pointer, shape=(self.n_vocab,))
 
-    def _decode_tokens(self, tokens: tuple[int, ...], *, want_logits: bool) -> None:
+    def _decode_tokens(self, tokens: tuple[int, ...], *, want_logits: bool, of_each: bool = False) -> None:
         if not all(0 <= token < self.n_vocab for token in tokens):
             raise ValueError(f"a token id is outside the vocabulary of {self.n_vocab}")
         ids = (ctypes.c_int32 * len(tokens))(*tokens)
-        self._decode(len(tokens), want_logits, token=ctypes.addressof(ids), stride=ctypes.sizeof(ctypes.c_int32))
+        stride = ctypes.sizeof(ctypes.c_int32)
+        self._decode(len(tokens), want_logits, of_each=of_each, token=ctypes.addressof(ids), stride=stride)
 
     def _decode_rows(self, rows_ND: NDArray[np.float32], *, want_logits: bool) -> None:
         import numpy as np
@@ -278,7 +307,9 @@ class Decoder:
             )
         self._decode(len(rows_ND), want_logits, embd=rows_ND.ctypes.data, stride=self.n_embd * rows_ND.itemsize)
 
-    def _decode(self, n_rows: int, want_logits: bool, *, stride: int, token: int = 0, embd: int = 0) -> None:
+    def _decode(
+        self, n_rows: int, want_logits: bool, *, stride: int, token: int = 0, embd: int = 0, of_each: bool = False
+    ) -> None:
         """Decode rows that lie `stride` bytes apart, tokens or embeddings, in batches that llama.cpp accepts.
 
         The batch struct points into the caller's memory; positions continue from the context's last one.
@@ -286,7 +317,7 @@ class Decoder:
         llama = self._llama
         for start in range(0, n_rows, _N_BATCH):
             count = min(_N_BATCH, n_rows - start)
-            outputs = (ctypes.c_int8 * count)()
+            outputs = (ctypes.c_int8 * count)(*[of_each] * count)
             outputs[count - 1] = want_logits and start + count == n_rows
             batch = llama.llama_batch(
                 n_tokens=count,
@@ -318,8 +349,9 @@ def _context_size(header: GGUFHeader, context: int | None) -> int:
     return context
 
 
-def _load_model(llama: Any, path: str | os.PathLike[str]) -> Any:
+def _load_model(llama: Any, path: str | os.PathLike[str], *, repack: bool) -> Any:
     params = llama.llama_model_default_params()
+    params.use_extra_bufts = repack
     params.n_gpu_layers = 0
     clear_log()
     model = llama.llama_model_load_from_file(os.fsencode(path), params)

@@ -8,6 +8,8 @@
     ├── BundleError                   a bundle is incomplete, damaged or made by another version
     ├── GGUFError                     a GGUF file breaks the format or asks for what we cannot run
     ├── CheckpointError               a checkpoint cannot be converted
+    ├── ImatrixError                  an importance matrix cannot be used for this model
+    ├── FidelityError                 a conversion would cost more than allowed
     ├── CapabilityError               the model cannot do what was asked
     ├── ContextError                  the prompt does not fit into the context
     ├── KernelError                   an unknown or unusable SIMD target
@@ -54,6 +56,9 @@ CODES: dict[str, str] = {
     "checkpoint.shape": "a tensor's shape contradicts config.json",
     "checkpoint.unsupported": "no family can read this checkpoint",
     "checkpoint.overflow": "a weight does not fit into the requested type",
+    "imatrix.invalid": "the file is not an importance matrix, or is damaged",
+    "imatrix.mismatch": "the importance matrix belongs to another model",
+    "fidelity.exceeded": "the converted model differs too much from its checkpoint",
     "capability.no_vision": "a picture was given to a text-only model",
     "capability.no_template": "the model carries no chat template that can be used",
     "context.too_small": "the prompt needs more positions than the context has",
@@ -131,6 +136,14 @@ class GGUFError(EdgeVLMError):
 
 class CheckpointError(EdgeVLMError):
     """A checkpoint cannot be converted."""
+
+
+class ImatrixError(EdgeVLMError):
+    """An importance matrix cannot be used for this model."""
+
+
+class FidelityError(EdgeVLMError):
+    """A conversion would cost more than allowed."""
 
 
 class CapabilityError(EdgeVLMError):

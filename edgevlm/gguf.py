@@ -82,14 +82,24 @@ def read_header(path: str | os.PathLike[str]) -> GGUFHeader:
         FileError: there is no such regular file, or it cannot be read.
         GGUFError: `gguf.invalid`, `gguf.truncated` or `gguf.unsupported`, naming the place.
     """
+    header = read_container(path)
+    _check_llama(header.path, header)
+    return header
+
+
+def read_container(path: str | os.PathLike[str]) -> GGUFHeader:
+    """Read and check the header of a GGUF file that need not be a model: the format's rules alone.
+
+    Raises:
+        FileError: there is no such regular file, or it cannot be read.
+        GGUFError: `gguf.invalid`, `gguf.truncated` or `gguf.unsupported`, naming the place.
+    """
     path = Path(path)
     with open_regular(path) as (file, size):
         try:
-            header = _parse(_Cursor(path, file.fileno(), size))
+            return _parse(_Cursor(path, file.fileno(), size))
         except struct.error as error:
             raise GGUFError(f"{path} is not a usable GGUF file: {error}", code="gguf.invalid") from error
-    _check_llama(path, header)
-    return header
 
 
 class _Cursor:

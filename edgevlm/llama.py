@@ -10,6 +10,7 @@ import collections
 import ctypes
 import functools
 import os
+import re
 from types import ModuleType
 from typing import Any
 
@@ -57,6 +58,16 @@ def library() -> ModuleType:
     native.llama_log_set(_log_callback(native), None)
     native.llama_backend_init()
     return native
+
+
+def cpu_features() -> frozenset[str]:
+    """Features of the CPU that this build of llama.cpp makes use of, by its own names: `AVX2`, `DOTPROD`, `REPACK`."""
+    return enabled_features(library().llama_print_system_info().decode())
+
+
+def enabled_features(system_info: str) -> frozenset[str]:
+    """What stands as `NAME = 1` in llama.cpp's line "CPU : SSE3 = 1 | AVX2 = 1 | ...", where others are 0 or absent."""
+    return frozenset(re.findall(r"(\w+) = 1\b", system_info))
 
 
 @functools.cache

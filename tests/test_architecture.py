@@ -28,7 +28,9 @@ BASE = {"errors", "files", "spec", "machine", "options", "answer", "text"}
 STAGES = {"_arrays", "_kernels", "bundle", "decoder", "encoder", "frames", "generate", "gguf", "gguf_llama", "image",
           "kernels", "layout", "llama", "preprocess", "prompt", "sampling", "splice", "storage",
           "template", "tiling"}  # fmt: skip
-CONVERTERS_MAY = {"errors", "files", "spec", "bundle", "storage", "llama", "encoder", "families", "gguf"}
+CONVERTERS_MAY = {
+    "errors", "files", "spec", "bundle", "storage", "llama", "encoder", "decoder", "families", "gguf"
+}  # fmt: skip
 
 
 def sources() -> dict[str, ast.Module]:

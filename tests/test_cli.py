@@ -312,3 +312,43 @@ def test_convert_makes_a_bundle_that_answers(run: Runner, tmp_path: Path, panel:
     assert run("ask", QUESTION, "-i", panel, "-m", out).out == f"{ANSWER}\n"
     assert run("convert", CHECKPOINT, panel).code == 1
     refused(run("convert", CHECKPOINT, tmp_path / "other", "--decoder-quant", "q99"), "usage.invalid", 2, "q4_k_m")
+
+
+def test_an_importance_matrix_that_cannot_be_used(run: Runner, tmp_path: Path) -> None:
+    wrong = tmp_path / "decoder.gguf"
+    shutil.copy(BUILTIN / "decoder.gguf", wrong)
+    out = tmp_path / "out"
+    refused(run("convert", CHECKPOINT, out, "--imatrix", tmp_path / "absent"), "file.not_found", 1, "absent")
+    refused(run("convert", CHECKPOINT, out, "--imatrix", wrong), "imatrix.invalid", 1, "llama-imatrix")
+    refused(
+        run("convert", CHECKPOINT, out, "--imatrix", wrong, "--decoder-quant", "f16"), "usage.invalid", 2, "only rounds"
+    )
+    assert os.listdir(tmp_path) == ["decoder.gguf"]
+
+
+def test_types_of_single_matrices(run: Runner, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for options, word in (
+        (["attn_q"], "PATTERN=TYPE"),
+        (["attn=q8_0", "attn=q6_k"], "twice"),
+        (["attn_q=q9"], "q8_0"),
+        (["x=q8_0"], "ffn_down"),
+    ):
+        arguments = [part for option in options for part in ("--decoder-type", option)]
+        refused(run("convert", CHECKPOINT, out, *arguments), "usage.invalid", 2, word)
+    assert os.listdir(tmp_path) == []
+    result = run("convert", CHECKPOINT, out, "--decoder-type", "attn_v=q6_k", "--decoder-type", "attn=q8_0")
+    assert (result.code, result.out) == (0, "")
+    arguments = json.loads((out / "bundle.json").read_text())["provenance"]["arguments"]
+    assert arguments["decoder_types"] == {"attn_v": "q6_k", "attn": "q8_0"}
+
+
+def test_auto_chooses_a_type_and_says_why(run: Runner, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run("convert", CHECKPOINT, out, "--decoder-quant", "auto", "--device", "pi5").code == 0
+    arguments = json.loads((out / "bundle.json").read_text())["provenance"]["arguments"]
+    assert arguments["decoder_quant"] == "q4_k_m"
+    assert arguments["decoder_quant_auto"]["device"] == "pi5"
+    assert "Raspberry Pi 5" in arguments["decoder_quant_auto"]["reason"]
+    refused(run("convert", CHECKPOINT, out, "--device", "pi3"), "usage.invalid", 2, "pi4, pi5")
+    refused(run("convert", CHECKPOINT, out, "--device", "pi4"), "usage.invalid", 2, "q4_k_m", "auto")

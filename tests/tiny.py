@@ -68,6 +68,7 @@ class Variant:
     dtype: torch.dtype = torch.float32
     hidden: int = 64
     n_ff: int = 96
+    layers: int = 2
     head_dim: int | None = None
     heads_kv: int = 2
     activation: str | None = None
@@ -147,7 +148,7 @@ def _vision(variant: Variant) -> Any:
 
 def _text(variant: Variant, vocab: int, tokenizer: Any) -> transformers.LlamaConfig:
     return transformers.LlamaConfig(
-        vocab_size=vocab, hidden_size=variant.hidden, intermediate_size=variant.n_ff, num_hidden_layers=2,
+        vocab_size=vocab, hidden_size=variant.hidden, intermediate_size=variant.n_ff, num_hidden_layers=variant.layers,
         num_attention_heads=4, num_key_value_heads=variant.heads_kv, head_dim=variant.head_dim,
         max_position_embeddings=512, rms_norm_eps=1e-5,
         rope_parameters=ROPES[variant.rope], tie_word_embeddings=variant.tied,
