@@ -163,6 +163,28 @@ def test_the_text_is_long_enough_for_a_large_vocabulary(smollm2):
     decoder.close()
 
 
+@pytest.mark.parametrize("tokenizer", ["smollm", "spm"])
+def test_windows_begin_as_texts_do(tmp_path, tokenizer):
+    """With the token that begins a text if the vocabulary has that rule, else with the text's own first token."""
+    folder, _ = tiny.shared(Variant(tokenizer=tokenizer))
+    convert(folder, tmp_path / "out", encoder_quant="fp32", fidelity_tokens=0)
+    decoder = scoring(tmp_path / "out" / "decoder.gguf")
+    text = decoder.tokenize(fidelity.TEXT.read_text(encoding="utf-8"), False, False)
+    bos = decoder.header.metadata["tokenizer.ggml.bos_token_id"]
+    first, begin = (bos, 0) if tokenizer == "spm" else (text[0], 1)
+    windows = fidelity._windows(decoder, 600)
+    assert windows == [(first, *text[begin : begin + 511]), (first, *text[begin + 511 : begin + 600])]
+    decoder.close()
+
+
+def test_a_context_of_one_position_is_not_compared(tmp_path):
+    folder = tiny.copy(Variant(), tmp_path / "model")
+    shorten = {"max_position_embeddings": 1}
+    tiny.rewrite_json(folder / "config.json", lambda data: {**data, "text_config": {**data["text_config"], **shorten}})
+    cost = convert(folder, tmp_path / "out", encoder_quant="fp32").fidelity["decoder"]
+    assert "predictions" not in cost
+
+
 def test_how_much_is_compared_can_be_chosen(tmp_path):
     folder, _ = tiny.shared(Variant())
     assert "predictions" not in convert(folder, tmp_path / "none", fidelity_tokens=0).fidelity["decoder"]
