@@ -12,8 +12,7 @@ import tiny
 import torch
 from tiny import Variant
 
-from edgevlm.bundle import BUILTIN, open_bundle
-from edgevlm.converters import convert, fidelity, limits
+from edgevlm.converters import DECODER_QUANTS, convert, fidelity, limits
 from edgevlm.decoder import Decoder
 from edgevlm.errors import ContextError, FidelityError, UsageError
 
@@ -117,11 +116,12 @@ def test_a_file_beside_itself_has_lost_nothing(exact):
     assert (found["tokens"], found["kl_mean"], found["kl_p99"], found["top1_agreement"]) == (600, 0, 0, 1)
 
 
-def test_the_number_of_threads_changes_no_figure():
-    """The panel bundle, quantized, beside itself would show nothing: its logits on one and on two threads do."""
-    path = open_bundle(BUILTIN).path("decoder")
-    ids = tuple(range(5, 45))
-    one, two = (scoring(path, threads=threads) for threads in (1, 2))
+@pytest.mark.parametrize("quant", DECODER_QUANTS)
+def test_the_number_of_threads_changes_no_figure(tmp_path, quant):
+    """Not one logit changes, so that no figure can: the bundle is the same with another number of processors."""
+    convert(PANEL, tmp_path / "out", decoder_quant=quant, encoder_quant="fp32", fidelity_tokens=0)
+    ids = tuple(range(5, 165))
+    one, two = (scoring(tmp_path / "out" / "decoder.gguf", threads=threads) for threads in (1, 2))
     assert np.array_equal(one.score(ids), two.score(ids))
     one.close()
     two.close()
