@@ -187,7 +187,7 @@ def write(
         )
         check_header(final)
     cost = verify.decoder_fidelity(final, gguf_decoder.exact_matrices(mapped), recipe, planned.types)
-    if planned.compares:
+    if planned.compares and resolved.spec.decoder.context_length > 1:  # one position predicts from nothing
         report(f"comparing {planned.fidelity_tokens} predictions with the unquantized decoder's")
         cost["predictions"] = fidelity.compare(exact, final, n_tokens=planned.fidelity_tokens)
     elif not planned.rounds:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,6 +39,19 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+models = typer.Typer(
+    help="""Look at models: bundles and GGUF files.
+
+    \b
+    Example:
+      edgevlm models show ./my-bundle
+    """,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(models, name="models")
 
 
 @app.callback(invoke_without_command=True)
@@ -173,9 +187,12 @@ def convert(
       edgevlm convert ./checkpoint ./bundle --decoder-quant auto --device pi5
       edgevlm convert ./checkpoint ./bundle --decoder-type ffn_down=q6_k
     """
+    from edgevlm import describe
     from edgevlm.converters import convert as convert_checkpoint
+    from edgevlm.machine import peak_rss_bytes
 
-    convert_checkpoint(
+    start = time.perf_counter()
+    manifest = convert_checkpoint(
         checkpoint,
         out,
         decoder_quant=decoder_quant,
@@ -189,6 +206,8 @@ def convert(
         fidelity_tokens=fidelity_tokens,
         report=(lambda line: typer.echo(line, err=True)) if sys.stderr.isatty() else None,
     )
+    seconds = time.perf_counter() - start
+    typer.echo(describe.conversion(manifest, seconds=seconds, peak_bytes=peak_rss_bytes()), err=True)
 
 
 @app.command()
@@ -225,6 +244,39 @@ def bench(
     if not json_output:
         _write(f"{report.text()}\n")
     _write(json.dumps(report.to_json()) + "\n")
+
+
+@models.callback()
+def _models() -> None:
+    """A callback keeps `show` a command of its own although it is the only one."""
+
+
+@models.command()
+def show(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL", show_default=False, help="Bundle folder or .gguf file; the panel reader if absent."
+        ),
+    ] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object with all there is.")] = False,
+) -> None:
+    """Say what a model is, how it was made and what that cost.
+
+    Family, sizes, quantization, tokens of a picture, fidelity, licence and origin of a bundle; the header of a plain
+    GGUF file. Nothing is loaded, so it answers at once.
+
+    \b
+    Examples:
+      edgevlm models show ./my-bundle
+      edgevlm models show smollm2.gguf --json
+    """
+    import json
+
+    from edgevlm.describe import describe
+
+    found = describe(model)
+    _write((json.dumps(found.document, ensure_ascii=False) if json_output else found.text()) + "\n")
 
 
 def main() -> None:

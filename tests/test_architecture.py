@@ -25,8 +25,8 @@ REFERENCES = {"torch", "transformers", "tokenizers", "safetensors"}
 
 #: Who may import whom inside edgevlm: one direction, from the front ends down to the contracts.
 BASE = {"errors", "files", "spec", "machine", "options", "answer", "text"}
-STAGES = {"_arrays", "_kernels", "bundle", "decoder", "encoder", "frames", "generate", "gguf", "gguf_llama", "image",
-          "kernels", "layout", "llama", "preprocess", "prompt", "sampling", "splice", "storage",
+STAGES = {"_arrays", "_kernels", "bundle", "decoder", "describe", "encoder", "frames", "generate", "gguf", "gguf_llama",
+          "image", "kernels", "layout", "llama", "preprocess", "prompt", "sampling", "splice", "storage",
           "template", "tiling"}  # fmt: skip
 CONVERTERS_MAY = {
     "errors", "files", "spec", "bundle", "storage", "llama", "encoder", "decoder", "families", "gguf"

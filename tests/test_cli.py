@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -114,7 +115,7 @@ def test_text_without_a_picture(run: Runner) -> None:
 
 def test_version_and_help(run: Runner) -> None:
     assert run("--version").out == f"edgevlm {__version__}\n"
-    for command in ((), ("ask",), ("convert",), ("bench",)):
+    for command in ((), ("ask",), ("convert",), ("bench",), ("models",), ("models", "show")):
         shown = run(*command, "--help")
         assert shown.code == 0
         assert "Example" in shown.out
@@ -309,6 +310,10 @@ def test_convert_makes_a_bundle_that_answers(run: Runner, tmp_path: Path, panel:
     out = tmp_path / "bundle"
     result = run("convert", CHECKPOINT, out, "--decoder-quant", "f16", "--encoder-quant", "fp32")
     assert (result.code, result.out) == (0, "")
+    said = {line[:14].strip(): line[15:] for line in reversed(result.err.splitlines())}
+    assert said.keys() == {"size", "quantization", "fidelity", "took", ""}
+    assert re.fullmatch(r"\d+\.\d s, at most [\d.]+ [MG]B of memory, mapped files included", said["took"])
+    assert "KL divergence" in result.err
     assert run("ask", QUESTION, "-i", panel, "-m", out).out == f"{ANSWER}\n"
     assert run("convert", CHECKPOINT, panel).code == 1
     refused(run("convert", CHECKPOINT, tmp_path / "other", "--decoder-quant", "q99"), "usage.invalid", 2, "q4_k_m")
@@ -352,3 +357,56 @@ def test_auto_chooses_a_type_and_says_why(run: Runner, tmp_path: Path) -> None:
     assert "Raspberry Pi 5" in arguments["decoder_quant_auto"]["reason"]
     refused(run("convert", CHECKPOINT, out, "--device", "pi3"), "usage.invalid", 2, "pi4, pi5")
     refused(run("convert", CHECKPOINT, out, "--device", "pi4"), "usage.invalid", 2, "q4_k_m", "auto")
+
+
+def test_a_conversion_that_loses_too_much(run: Runner, tmp_path: Path) -> None:
+    options = ("--decoder-type", ".=q2_k", "--fidelity-tokens", "300", "--encoder-quant", "fp32")
+    refused(run("convert", CHECKPOINT, tmp_path / "out", *options), "fidelity.exceeded", 1, "KL divergence", "q5_k_m")
+    assert os.listdir(tmp_path) == []
+    assert run("convert", CHECKPOINT, tmp_path / "out", *options, "--force").code == 0
+    assert "beyond a limit, and forced" in run("models", "show", tmp_path / "out").out
+
+
+# ---- models show
+
+
+def test_models_show_says_what_a_bundle_is(run: Runner) -> None:
+    shown = run("models", "show", BUILTIN)
+    assert (shown.code, shown.err) == (0, "")
+    assert run("models", "show") == shown
+    manifest = json.loads((BUILTIN / "bundle.json").read_text())
+    words = ["panel-reader", "llava", "decoder.gguf", "3.51 MB", "encoder.onnx.data", "64 tokens each", "128 x 128"]
+    words += ["q8_0", "29 Q8_0", "int8", "KL divergence", "cosine", "licence", "source", "4,096 positions"]
+    for word in words:
+        assert word in shown.out, word
+    document = json.loads(run("models", "show", BUILTIN, "--json").out)
+    assert document.pop("kind") == "bundle"
+    assert document == {key: manifest[key] for key in ("spec", "files", "provenance", "fidelity")}
+
+
+def test_models_show_shows_the_header_of_a_gguf_file(run: Runner, smollm2: Path) -> None:
+    shown = run("models", "show", smollm2)
+    assert (shown.code, shown.err) == (0, "")
+    for word in ("30 layers of 576", "49,152 tokens", "Q4_1", "template       yes", "134,515,008 weights"):
+        assert word in shown.out, word
+    document = json.loads(run("models", "show", smollm2, "--json").out)
+    assert document["kind"] == "gguf"
+    assert document["size"] == smollm2.stat().st_size
+    assert document["metadata"]["llama.block_count"] == 30
+    assert "tokenizer.chat_template" not in document["metadata"]
+
+
+def test_models_show_of_what_is_no_model(run: Runner, tmp_path: Path, panel: Path) -> None:
+    refused(run("models", "show", tmp_path / "absent"), "file.not_found", 1, "absent")
+    refused(run("models", "show", tmp_path), "file.not_found", 1, "bundle.json")
+    refused(run("models", "show", panel), "gguf.invalid")
+    shutil.copytree(BUILTIN, tmp_path / "odd")
+    manifest = json.loads((BUILTIN / "bundle.json").read_text())
+    manifest["spec"]["name"] = "red \x1b[31m\x07"  # would colour a terminal and ring its bell
+    for odd in ([], {"decoder": [1], "encoder": 5, "exceeded_limits": [7]}, {"decoder": {"types": {"Q8_0": 3}}}):
+        manifest["fidelity"] = odd if odd else {}
+        manifest["provenance"] = {"arguments": [], "model_card": "x", "tools": None, "imatrix": 4}
+        (tmp_path / "odd" / "bundle.json").write_text(json.dumps(manifest))
+        shown = run("models", "show", tmp_path / "odd")
+        assert shown.code == 0
+        assert "red ?[31m?" in shown.out

@@ -12,8 +12,7 @@ import tiny
 import torch
 from tiny import Variant
 
-from edgevlm.bundle import BUILTIN, open_bundle
-from edgevlm.converters import convert, fidelity, limits
+from edgevlm.converters import DECODER_QUANTS, convert, fidelity, limits
 from edgevlm.decoder import Decoder
 from edgevlm.errors import ContextError, FidelityError, UsageError
 
@@ -117,11 +116,12 @@ def test_a_file_beside_itself_has_lost_nothing(exact):
     assert (found["tokens"], found["kl_mean"], found["kl_p99"], found["top1_agreement"]) == (600, 0, 0, 1)
 
 
-def test_the_number_of_threads_changes_no_figure():
-    """The panel bundle, quantized, beside itself would show nothing: its logits on one and on two threads do."""
-    path = open_bundle(BUILTIN).path("decoder")
-    ids = tuple(range(5, 45))
-    one, two = (scoring(path, threads=threads) for threads in (1, 2))
+@pytest.mark.parametrize("quant", DECODER_QUANTS)
+def test_the_number_of_threads_changes_no_figure(tmp_path, quant):
+    """Not one logit changes, so that no figure can: the bundle is the same with another number of processors."""
+    convert(PANEL, tmp_path / "out", decoder_quant=quant, encoder_quant="fp32", fidelity_tokens=0)
+    ids = tuple(range(5, 165))
+    one, two = (scoring(tmp_path / "out" / "decoder.gguf", threads=threads) for threads in (1, 2))
     assert np.array_equal(one.score(ids), two.score(ids))
     one.close()
     two.close()
@@ -161,6 +161,28 @@ def test_the_text_is_long_enough_for_a_large_vocabulary(smollm2):
     text = fidelity.TEXT.read_text(encoding="utf-8")
     assert 2048 <= len(decoder.tokenize(text, False, False)) <= 4096
     decoder.close()
+
+
+@pytest.mark.parametrize("tokenizer", ["smollm", "spm"])
+def test_windows_begin_as_texts_do(tmp_path, tokenizer):
+    """With the token that begins a text if the vocabulary has that rule, else with the text's own first token."""
+    folder, _ = tiny.shared(Variant(tokenizer=tokenizer))
+    convert(folder, tmp_path / "out", encoder_quant="fp32", fidelity_tokens=0)
+    decoder = scoring(tmp_path / "out" / "decoder.gguf")
+    text = decoder.tokenize(fidelity.TEXT.read_text(encoding="utf-8"), False, False)
+    bos = decoder.header.metadata["tokenizer.ggml.bos_token_id"]
+    first, begin = (bos, 0) if tokenizer == "spm" else (text[0], 1)
+    windows = fidelity._windows(decoder, 600)
+    assert windows == [(first, *text[begin : begin + 511]), (first, *text[begin + 511 : begin + 600])]
+    decoder.close()
+
+
+def test_a_context_of_one_position_is_not_compared(tmp_path):
+    folder = tiny.copy(Variant(), tmp_path / "model")
+    shorten = {"max_position_embeddings": 1}
+    tiny.rewrite_json(folder / "config.json", lambda data: {**data, "text_config": {**data["text_config"], **shorten}})
+    cost = convert(folder, tmp_path / "out", encoder_quant="fp32").fidelity["decoder"]
+    assert "predictions" not in cost
 
 
 def test_how_much_is_compared_can_be_chosen(tmp_path):

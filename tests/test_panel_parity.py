@@ -166,8 +166,8 @@ def test_greedy_answers_are_the_references_on_200_panels(exact: edgevlm.Model) -
 
 
 def test_the_committed_bundle_is_the_committed_checkpoint_converted(tmp_path: Path) -> None:
-    """Equal to the last byte, twice. What another processor may measure differently, the encoder's fidelity, is
-    compared as numbers."""
+    """Equal to the last byte, twice. What another processor may measure differently, the fidelity of encoder and
+    predictions, is compared as numbers."""
     manifest = open_bundle(BUILTIN).manifest
     for run in ("first", "second"):
         edgevlm.convert(CHECKPOINT, tmp_path / run, name=manifest.spec.name, **manifest.provenance["arguments"])
@@ -180,9 +180,12 @@ def test_the_committed_bundle_is_the_committed_checkpoint_converted(tmp_path: Pa
     for name in committed.keys() - {MANIFEST_NAME}:
         assert committed[name] == folders[0][name], f"{name} differs"
     old, new = (json.loads(files[MANIFEST_NAME]) for files in (committed, folders[0]))
-    measured, recorded = new["fidelity"]["encoder"], old["fidelity"]["encoder"]
+    measured, recorded = new["fidelity"], old["fidelity"]
     for figure in ("cosine_mean", "cosine_min", "relative_error"):
-        assert measured.pop(figure) == pytest.approx(recorded.pop(figure), rel=0.1)
+        assert measured["encoder"].pop(figure) == pytest.approx(recorded["encoder"].pop(figure), rel=0.1)
+    for figure in ("kl_mean", "kl_p99", "top1_agreement"):
+        found, wanted = (section["decoder"]["predictions"].pop(figure) for section in (measured, recorded))
+        assert found == pytest.approx(wanted, rel=0.1)
     assert new == old
 
 
