@@ -1,6 +1,6 @@
 """Checkpoint in, bundle out: the conversion, step by step. Needs neither torch nor transformers.
 
-checkpoint.py   the folder: JSON files, tensors (safetensors.py)
+checkpoint.py   the folder: JSON files, tensors (safetensors.py, torch_pickle.py)
 resolve.py      family + JSON -> every number            mapping.py       every tensor -> its place
 tokenizer.py    tokenizer files -> GGUF keys             gguf_decoder.py  the decoder's file (gguf_file.py, quant.py)
 onnx_vision.py  the encoder's graph (onnx_graph.py)      verify.py        what it cost (calibration.py)
@@ -58,7 +58,7 @@ def convert(
     Either `out` appears complete or nothing does: the bundle is built beside it and renamed once.
 
     Args:
-        checkpoint: The folder with config.json and model.safetensors.
+        checkpoint: The folder with config.json and model.safetensors or pytorch_model.bin.
         out: The folder to make.
         decoder_quant: One of `DECODER_QUANTS`.
         encoder_quant: One of `ENCODER_QUANTS`.
