@@ -1,6 +1,6 @@
 """Checkpoint in, bundle out: the conversion, step by step. Needs neither torch nor transformers.
 
-checkpoint.py   the folder: JSON files, tensors (safetensors.py)
+checkpoint.py   the folder: JSON files, tensors (safetensors.py, torch_pickle.py)
 resolve.py      family + JSON -> every number            mapping.py       every tensor -> its place
 tokenizer.py    tokenizer files -> GGUF keys             gguf_decoder.py  the decoder's file (gguf_file.py)
 decoder.py      what becomes of the decoder              imatrix.py, tensor_types.py   what steers its quantizer
@@ -72,7 +72,7 @@ def convert(
     Either `out` appears complete or nothing does: the bundle is built beside it and renamed once.
 
     Args:
-        checkpoint: The folder with config.json and model.safetensors.
+        checkpoint: The folder with config.json and model.safetensors or pytorch_model.bin.
         out: The folder to make.
         decoder_quant: One of `DECODER_QUANTS`, or `auto`: what suits `device` (one of `DEVICES`, by default this
             machine) and the model's sizes; why is reported and recorded.

@@ -8,10 +8,10 @@ import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from edgevlm.bundle import sha256_of
-from edgevlm.converters import safetensors
+from edgevlm.converters import safetensors, torch_pickle
 from edgevlm.converters.safetensors import Tensor
 from edgevlm.errors import CheckpointError, FileError
 
@@ -19,7 +19,11 @@ _JSON_LIMIT_BYTES = 256 << 20  # tokenizer.json of a large vocabulary has about 
 _TEXT_LIMIT_BYTES = 4 << 20
 _BINARY_LIMIT_BYTES = 64 << 20  # tokenizer.model of a large vocabulary has about 4 MB
 Status = dict[str, tuple[int, int, int] | None]
-_INDEX = "model.safetensors.index.json"
+#: Where tensors lie, in order of preference: the single file, the index of several, and their reader.
+_FORMATS = (
+    ("model.safetensors", "model.safetensors.index.json", safetensors.open_file),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json", torch_pickle.open_file),
+)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -98,35 +102,42 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not folder.is_dir():
         raise FileError(f"the checkpoint {folder} is a file; name the folder that holds config.json",
                         code="file.not_regular")  # fmt: skip
-    status = {name: _status(folder, name) for name in (*SIDE_FILES, _INDEX)}
+    whole = [name for single, index, _ in _FORMATS for name in (single, index)]
+    status = {name: _status(folder, name) for name in (*SIDE_FILES, *whole)}
     for name in status:
         locate(folder, name)
     config = read_json(folder, "config.json")
     if config is None:
         raise CheckpointError(f"{folder} has no config.json; it is not a checkpoint", code="checkpoint.invalid")
-    index = read_json(folder, _INDEX)
-    shards = ["model.safetensors"] if index is None else _shards(folder, index)
-    if index is None and locate(folder, "model.safetensors") is None:
+    single, index_name, read = next((form for form in _FORMATS if status[form[0]] or status[form[1]]), _FORMATS[0])
+    index = read_json(folder, index_name)
+    if index is None and status[single] is None:
         _refuse_missing(folder)
+    shards = [single] if index is None else _shards(folder, index, index_name)
     status |= {shard: _status(folder, shard) for shard in shards}
-    tensors = _open_shards(folder, shards, None if index is None else index["weight_map"])
-    used = sorted(name for name, found in status.items() if found is not None)
+    shown = {shard: read(folder / shard) for shard in shards}
+    tensors = _join_shards(shown, index_name, None if index is None else index["weight_map"])
+    ours = {*SIDE_FILES, index_name, *shards}
+    used = sorted(name for name, found in status.items() if found is not None and name in ours)
     return Checkpoint(folder, config, tensors, tuple(used), status)
 
 
-def _open_shards(folder: Path, shards: list[str], weight_map: dict[str, str] | None) -> dict[str, Tensor]:
+def _join_shards(
+    shards: dict[str, dict[str, Tensor]], index_name: str, weight_map: dict[str, str] | None
+) -> dict[str, Tensor]:
     """Tensors of all shards by name; each lies where the index says."""
     tensors: dict[str, Tensor] = {}
-    for shard in shards:
-        for name, tensor in safetensors.open_file(folder / shard).items():
+    for shard, found in shards.items():
+        for name, tensor in found.items():
             if name in tensors:
                 raise CheckpointError(f"the tensor {name} lies in two shards", code="checkpoint.invalid")
             if weight_map is not None and weight_map.get(name) != shard:
-                raise CheckpointError(f"{_INDEX} does not say that {name} lies in {shard}", code="checkpoint.invalid")
+                raise CheckpointError(f"{index_name} does not say that {name} lies in {shard}",
+                                      code="checkpoint.invalid")  # fmt: skip
             tensors[name] = tensor
     missing = sorted(set(weight_map or ()) - set(tensors))
     if missing:
-        raise CheckpointError(f"{_INDEX} names the tensor {missing[0]}, no shard has it",
+        raise CheckpointError(f"{index_name} names the tensor {missing[0]}, no shard has it",
                               code="checkpoint.missing_tensor")  # fmt: skip
     return tensors
 
@@ -195,30 +206,30 @@ def _read(folder: Path, name: str, limit: int) -> bytes | None:
     return raw
 
 
-def _shards(folder: Path, index: dict[str, Any]) -> list[str]:
+def _shards(folder: Path, index: dict[str, Any], index_name: str) -> list[str]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise CheckpointError(f"{folder}: model.safetensors.index.json has no weight_map", code="checkpoint.invalid")
+        raise CheckpointError(f"{folder}: {index_name} has no weight_map", code="checkpoint.invalid")
     shards = sorted(set(weight_map.values()))
+    suffix = index_name.removesuffix(".index.json").rpartition(".")[2]
     for shard in shards:
         # A plain name, so that an index cannot point outside the folder.
-        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.safetensors", shard):
-            raise CheckpointError(f"model.safetensors.index.json names the odd file {shard!r}",
-                                  code="checkpoint.invalid")  # fmt: skip
+        if not re.fullmatch(rf"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.{suffix}", shard):
+            raise CheckpointError(f"{index_name} names the odd file {shard!r}", code="checkpoint.invalid")
         if locate(folder, shard) is None:
             raise CheckpointError(f"{folder / shard} is missing although the index names it; download it",
                                   code="checkpoint.invalid")  # fmt: skip
     return shards
 
 
-def _refuse_missing(folder: Path) -> None:
+def _refuse_missing(folder: Path) -> NoReturn:
     if any(next(folder.glob(pattern), None) for pattern in _PICKLES):
         raise CheckpointError(
-            f"{folder} has its weights in pickle files, which run code when they are opened and are never read; "
-            "save the model as safetensors (`save_pretrained`) on a machine that trusts it",
+            f"{folder} has its weights in pickle files of its own kind; only pytorch_model.bin is read, and nothing in "
+            "it is run; save the model as safetensors (`save_pretrained`) on a machine that trusts it",
             code="checkpoint.unsupported",
         )
-    raise CheckpointError(f"{folder} has no model.safetensors", code="checkpoint.invalid")
+    raise CheckpointError(f"{folder} has neither model.safetensors nor pytorch_model.bin", code="checkpoint.invalid")
 
 
 def unchanged(checkpoint: Checkpoint) -> bool:

@@ -25,8 +25,8 @@ _TENSOR_LIMIT = 1_000_000
 _NAME_LIMIT = 1024
 _RANK_LIMIT = 8
 _SIZE_LIMIT = 1 << 48  # of one axis: more is no shape for numpy, even with an axis of 0 beside it
-# dtype -> (numpy type of the stored bits, whether weights may have it)
-_DTYPES = {
+#: dtype -> (numpy type of the stored bits, whether weights may have it)
+DTYPES = {
     "F64": ("<f8", False), "F32": ("<f4", True), "F16": ("<f2", True), "BF16": ("<u2", True),
     "I64": ("<i8", False), "I32": ("<i4", False), "I16": ("<i2", False), "I8": ("i1", False), "U8": ("u1", False),
     "U16": ("<u2", False), "U32": ("<u4", False), "U64": ("<u8", False), "BOOL": ("?", False),
@@ -52,7 +52,7 @@ class Tensor:
     @property
     def usable(self) -> bool:
         """Whether the type is one that weights may have (F32, F16 or BF16)."""
-        return _DTYPES[self.dtype][1]
+        return DTYPES[self.dtype][1]
 
 
 def widen(tensor: Tensor) -> NDArray[np.float32]:
@@ -121,7 +121,7 @@ def _tensors(path: Path, header: dict[str, Any], data: NDArray[np.uint8]) -> Ite
         if begin != position or end > data.size:
             _refuse(path, f"tensor {name!r} lies at {begin}..{end}, expected to begin at {position} of {data.size}")
         position = end
-        yield Tensor(name, dtype, shape, data[begin:end].view(_DTYPES[dtype][0]).reshape(shape))
+        yield Tensor(name, dtype, shape, data[begin:end].view(DTYPES[dtype][0]).reshape(shape))
     if position != data.size:
         _refuse(path, f"{data.size - position} bytes follow the last tensor")
 
@@ -133,13 +133,13 @@ def _check_entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         _refuse(path, f"{label} must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         _refuse(path, f"{label} has the unknown dtype {str(dtype)[:20]!r}")
     if not _whole_numbers(shape) or len(shape) > _RANK_LIMIT or max(shape, default=0) > _SIZE_LIMIT:
         _refuse(path, f"{label} has the unusable shape {str(shape)[:80]}")
     if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         _refuse(path, f"{label} has the unusable data_offsets {str(offsets)[:80]}")
-    nbytes = math.prod(shape) * np.dtype(_DTYPES[dtype][0]).itemsize
+    nbytes = math.prod(shape) * np.dtype(DTYPES[dtype][0]).itemsize
     if nbytes != offsets[1] - offsets[0]:
         _refuse(path, f"{label} needs {nbytes} bytes for {dtype} {shape}, it has {offsets[1] - offsets[0]}")
     return dtype, tuple(shape), offsets[0], offsets[1]

@@ -196,8 +196,8 @@ def test_an_index_that_lies_is_refused(folder, damage):
 # folders
 
 
-def test_pickle_is_refused_and_never_opened(folder):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+def test_pickles_of_other_kinds_are_refused_and_never_opened(folder):
+    (folder / "model.safetensors").rename(folder / "model.pt")
     refused(folder, "checkpoint.unsupported", "pickle", "safetensors")
 
 
