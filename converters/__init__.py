@@ -28,7 +28,7 @@ from edgevlm.converters.onnx_vision import EncoderQuant, build_encoder
 from edgevlm.converters.provenance import general_keys, provenance
 from edgevlm.converters.quant import Recipe
 from edgevlm.converters.resolve import Resolved, ResolvedVision, resolve
-from edgevlm.converters.tokenizer import Vocabulary, read_tokens, read_vocabulary
+from edgevlm.converters.tokenizer import Vocabulary, choose_template, read_tokens, read_vocabulary
 from edgevlm.converters.weights import as_float32
 from edgevlm.errors import CheckpointError, StorageError, UsageError
 from edgevlm.families.schema import Family
@@ -48,6 +48,8 @@ def convert(
     decoder_quant: str = "q4_k_m",
     encoder_quant: str = "int8",
     name: str | None = None,
+    tower: str | os.PathLike[str] | None = None,
+    template: str | None = None,
     source: str | None = None,
     overwrite: bool = False,
     report: Report | None = None,
@@ -63,6 +65,8 @@ def convert(
         decoder_quant: One of `DECODER_QUANTS`.
         encoder_quant: One of `ENCODER_QUANTS`.
         name: What the model is called; the checkpoint folder's name by default.
+        tower: The folder of the vision tower, for a checkpoint whose tower lies in a repository of its own.
+        template: The name of one of the family's chat templates, for a checkpoint that carries none.
         source: Where the checkpoint comes from (a repository name), for the record; `name` by default.
         overwrite: Whether an existing bundle at `out` gives way. Anything else there never does.
         report: Called with one line as each step begins.
@@ -90,9 +94,13 @@ def convert(
     folder, out = Path(checkpoint).absolute(), Path(out).absolute()
     _check_out(out, overwrite=overwrite)
     tell(f"reading {folder}")
-    model = _read(folder, name or folder.resolve().name, known_families)
+    tower_folder = None if tower is None else Path(tower).absolute()
+    model = _read(folder, name or folder.resolve().name, known_families, tower_folder, template)
     arguments = {"decoder_quant": wanted.name, "encoder_quant": encoder_quant}
+    arguments |= {"template": template} if template else {}
     record = provenance(model.checkpoint, source=source or model.resolved.spec.name, arguments=arguments)
+    if model.tower is not None:
+        record["tower"] = {"source": model.tower.folder.resolve().name, "source_files": model.tower.hashes()}
     require_free(out, _bytes_needed(model.mapped, wanted, encoder_quant))
     with commit_folder(out, may_replace=_is_bundle if overwrite else None) as building:
         tell(f"decoder to {wanted.name}")
@@ -124,25 +132,54 @@ class _Model:
     resolved: Resolved
     vocabulary: Vocabulary
     mapped: Mapped
+    tower: Checkpoint | None
 
     def check_unchanged(self) -> None:
-        if not unchanged(self.checkpoint):
-            raise CheckpointError(
-                f"{self.checkpoint.folder} changed while it was being read; convert it again",
-                code="checkpoint.invalid",
-            )
+        for opened in (self.checkpoint, self.tower):
+            if opened is not None and not unchanged(opened):
+                raise CheckpointError(
+                    f"{opened.folder} changed while it was being read; convert it again", code="checkpoint.invalid"
+                )
 
 
-def _read(folder: Path, name: str, known_families: tuple[Family, ...] | None) -> _Model:
+def _read(
+    folder: Path,
+    name: str,
+    known_families: tuple[Family, ...] | None,
+    tower_folder: Path | None = None,
+    template: str | None = None,
+) -> _Model:
     checkpoint = open_checkpoint(folder)
-    family = families.find(_architectures(checkpoint), known_families)
+    family = families.find(_architectures(checkpoint), known_families, checkpoint.config)
+    tower = _open_tower(family, checkpoint, tower_folder)
     tokens = read_tokens(checkpoint)
-    processor = checkpoint.image_processor() if family.vision else None
-    resolved = resolve(family, checkpoint.config, processor, tokens.texts, name=name)
+    processor = (tower or checkpoint).image_processor() if family.vision else None
+    resolved = resolve(
+        family, checkpoint.config, processor, tokens.texts, name=name, tower=tower.config if tower else None
+    )
     llama = resolved.llama
-    ids = {"bos": llama.bos, "eos": llama.eos, "padding": llama.pad}
-    vocabulary = read_vocabulary(checkpoint, tokens, rows=resolved.spec.decoder.vocab, ids=ids)
-    return _Model(checkpoint, resolved, vocabulary, map_tensors(family, resolved, checkpoint.tensors))
+    vocabulary = read_vocabulary(
+        checkpoint,
+        tokens,
+        rows=resolved.spec.decoder.vocab,
+        ids={"bos": llama.bos, "eos": llama.eos, "padding": llama.pad},
+        template=choose_template(family, checkpoint.config, tokens, template),
+    )
+    tensors = dict(checkpoint.tensors)
+    if tower is not None:
+        tensors |= {f"tower:{name}": tensor for name, tensor in tower.tensors.items()}
+    return _Model(checkpoint, resolved, vocabulary, map_tensors(family, resolved, tensors), tower)
+
+
+def _open_tower(family: Family, checkpoint: Checkpoint, folder: Path | None) -> Checkpoint | None:
+    """The checkpoint of the tower, exactly if the family has one."""
+    separate = family.vision is not None and family.vision.separate
+    if separate and folder is None:
+        named = str(checkpoint.config.get("mm_vision_tower"))[:120]
+        raise UsageError(f"the tower of this checkpoint lies apart, in {named!r}; download it and name it with --tower")
+    if folder is not None and not separate:
+        raise UsageError(f"a checkpoint of the family {family.name} holds its tower itself; leave --tower out")
+    return None if folder is None else open_checkpoint(folder)
 
 
 def _check_out(out: Path, *, overwrite: bool) -> None:

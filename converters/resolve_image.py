@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,6 +46,28 @@ def resolve_image(processors: tuple[Processor, ...], data: Mapping[str, Any], *,
         mean=mean,
         std=std,
         pad_rgb=tuple(int(channel * 255) for channel in mean) if pads else None,  # type: ignore[arg-type]
+    )
+
+
+def square(image: ImageSpec, top: Section, key: str) -> ImageSpec:
+    """What LLaVA's own code does before the processor (`process_images` in `llava/mm_utils.py`).
+
+    Args:
+        image: What the processor alone does.
+        top: config.json.
+        key: The key that says `pad`, or `square` or nothing for the processor alone.
+
+    Raises:
+        CheckpointError: `checkpoint.unsupported`.
+    """
+    if image.policy != "shortest_crop":
+        raise unsupported(f"{key} goes with a processor that crops, this one is {image.policy}")
+    if not top.choice(key, {"pad": True, "square": False, None: False}):
+        return image
+    return dataclasses.replace(
+        image,
+        policy="pad_square",
+        pad_rgb=tuple(int(channel * 255) for channel in image.mean),  # type: ignore[arg-type]
     )
 
 

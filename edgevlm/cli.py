@@ -134,6 +134,14 @@ def convert(
     name: Annotated[
         str | None, typer.Option("--name", metavar="NAME", help="What to call the model. [default: CHECKPOINT's name]")
     ] = None,
+    tower: Annotated[
+        Path | None,
+        typer.Option("--tower", metavar="FOLDER", help="The vision tower's checkpoint, where it lies apart."),
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option("--template", metavar="NAME", help="Chat template for a checkpoint without one: v1, v0, llama3."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a bundle.")] = False,
 ) -> None:
     """Convert a Hugging Face checkpoint to a bundle.
@@ -145,6 +153,7 @@ def convert(
     \b
     Example:
       edgevlm convert ./llava-checkpoint ./my-bundle --decoder-quant q4_k_m
+      edgevlm convert ./llava-v1.5-7b ./my-bundle --tower ./clip-vit-large-patch14-336
     """
     from edgevlm.converters import convert as convert_checkpoint
 
@@ -154,6 +163,8 @@ def convert(
         decoder_quant=decoder_quant,
         encoder_quant=encoder_quant,
         name=name,
+        tower=tower,
+        template=template,
         overwrite=overwrite,
         report=(lambda line: typer.echo(line, err=True)) if sys.stderr.isatty() else None,
     )
