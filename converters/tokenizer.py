@@ -163,7 +163,8 @@ def _special_ids(
         if index is not None and index in known:
             found[role] = index
     # The first conversions of Llama name bos as the end of an answer, in config.json as well.
-    said = tuple(index for index in _stops(checkpoint, known) if index != found.get("bos"))
+    wrong = {found.get("bos")} - {found.get("eos")}
+    said = tuple(index for index in _stops(checkpoint, known) if index not in wrong)
     stops = said or ((found["eos"],) if "eos" in found else ())
     if stops and found.get("eos") not in stops:  # `generate` asks generation_config.json alone
         found["eos"] = stops[0]
