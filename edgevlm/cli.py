@@ -153,7 +153,7 @@ def convert(
     \b
     Example:
       edgevlm convert ./llava-checkpoint ./my-bundle --decoder-quant q4_k_m
-      edgevlm convert ./llava-v1.5-7b ./my-bundle --tower ./clip-vit-large-patch14-336
+      edgevlm convert ./llava-v1.5-7b ./my-bundle --tower ./clip-large-336
     """
     from edgevlm.converters import convert as convert_checkpoint
 
