@@ -31,7 +31,7 @@ from edgevlm.converters.mapping import Mapped, Source, map_tensors
 from edgevlm.converters.onnx_vision import EncoderQuant, build_encoder
 from edgevlm.converters.provenance import general_keys, provenance
 from edgevlm.converters.resolve import Resolved, ResolvedVision, resolve
-from edgevlm.converters.tokenizer import Vocabulary, read_tokens, read_vocabulary
+from edgevlm.converters.tokenizer import Vocabulary, choose_template, read_tokens, read_vocabulary
 from edgevlm.converters.weights import as_float32
 from edgevlm.errors import CheckpointError, FidelityError, StorageError, UsageError
 from edgevlm.families.schema import Family
@@ -60,6 +60,8 @@ def convert(
     decoder_types: Mapping[str, str] | None = None,
     imatrix: str | os.PathLike[str] | None = None,
     name: str | None = None,
+    tower: str | os.PathLike[str] | None = None,
+    template: str | None = None,
     source: str | None = None,
     overwrite: bool = False,
     force: bool = False,
@@ -82,6 +84,8 @@ def convert(
             GGUF names -> a type such as `q6_k`. Of several that match the first decides.
         imatrix: A file of `llama-imatrix` (either form) that was made from this model, to steer the quantizer.
         name: What the model is called; the checkpoint folder's name by default.
+        tower: The folder of the vision tower, for a checkpoint whose tower lies in a repository of its own.
+        template: The name of one of the family's chat templates, for a checkpoint that carries none.
         source: Where the checkpoint comes from (a repository name), for the record; `name` by default.
         overwrite: Whether an existing bundle at `out` gives way. Anything else there never does.
         force: Whether to keep a model whose error passes a limit (`limits.py`); the bundle says so then.
@@ -114,7 +118,8 @@ def convert(
     folder, out = Path(checkpoint).absolute(), Path(out).absolute()
     _check_out(out, overwrite=overwrite)
     tell(f"reading {folder}")
-    model = _read(folder, name or folder.resolve().name, known_families)
+    tower_folder = None if tower is None else Path(tower).absolute()
+    model = _read(folder, name or folder.resolve().name, known_families, tower_folder, template)
     planned = decoder.plan(
         model.mapped,
         decoder_quant,
@@ -124,8 +129,11 @@ def convert(
         fidelity_tokens=fidelity_tokens,
     )
     arguments = {**planned.arguments, "encoder_quant": encoder_quant, **({"force": True} if force else {})}
+    arguments |= {"template": template} if template else {}
     record = provenance(model.checkpoint, source=source or model.resolved.spec.name, arguments=arguments)
     record |= planned.record()
+    if model.tower is not None:
+        record["tower"] = {"source": model.tower.folder.resolve().name, "source_files": model.tower.hashes()}
     require_free(out, _bytes_needed(model.mapped, planned, encoder_quant))
     with commit_folder(out, may_replace=_is_bundle if overwrite else None) as building:
         fidelity = _write_weights(building, model, planned, encoder_quant, tell)
@@ -154,25 +162,54 @@ class _Model:
     resolved: Resolved
     vocabulary: Vocabulary
     mapped: Mapped
+    tower: Checkpoint | None
 
     def check_unchanged(self) -> None:
-        if not unchanged(self.checkpoint):
-            raise CheckpointError(
-                f"{self.checkpoint.folder} changed while it was being read; convert it again",
-                code="checkpoint.invalid",
-            )
+        for opened in (self.checkpoint, self.tower):
+            if opened is not None and not unchanged(opened):
+                raise CheckpointError(
+                    f"{opened.folder} changed while it was being read; convert it again", code="checkpoint.invalid"
+                )
 
 
-def _read(folder: Path, name: str, known_families: tuple[Family, ...] | None) -> _Model:
+def _read(
+    folder: Path,
+    name: str,
+    known_families: tuple[Family, ...] | None,
+    tower_folder: Path | None = None,
+    template: str | None = None,
+) -> _Model:
     checkpoint = open_checkpoint(folder)
-    family = families.find(_architectures(checkpoint), known_families)
+    family = families.find(_architectures(checkpoint), known_families, checkpoint.config)
+    tower = _open_tower(family, checkpoint, tower_folder)
     tokens = read_tokens(checkpoint)
-    processor = checkpoint.image_processor() if family.vision else None
-    resolved = resolve(family, checkpoint.config, processor, tokens.texts, name=name)
+    processor = (tower or checkpoint).image_processor() if family.vision else None
+    resolved = resolve(
+        family, checkpoint.config, processor, tokens.texts, name=name, tower=tower.config if tower else None
+    )
     llama = resolved.llama
-    ids = {"bos": llama.bos, "eos": llama.eos, "padding": llama.pad}
-    vocabulary = read_vocabulary(checkpoint, tokens, rows=resolved.spec.decoder.vocab, ids=ids)
-    return _Model(checkpoint, resolved, vocabulary, map_tensors(family, resolved, checkpoint.tensors))
+    vocabulary = read_vocabulary(
+        checkpoint,
+        tokens,
+        rows=resolved.spec.decoder.vocab,
+        ids={"bos": llama.bos, "eos": llama.eos, "padding": llama.pad},
+        template=choose_template(family, checkpoint.config, tokens, template),
+    )
+    tensors = dict(checkpoint.tensors)
+    if tower is not None:
+        tensors |= {f"tower:{name}": tensor for name, tensor in tower.tensors.items()}
+    return _Model(checkpoint, resolved, vocabulary, map_tensors(family, resolved, tensors), tower)
+
+
+def _open_tower(family: Family, checkpoint: Checkpoint, folder: Path | None) -> Checkpoint | None:
+    """The checkpoint of the tower, exactly if the family has one."""
+    separate = family.vision is not None and family.vision.separate
+    if separate and folder is None:
+        named = str(checkpoint.config.get("mm_vision_tower"))[:120]
+        raise UsageError(f"the tower of this checkpoint lies apart, in {named!r}; download it and name it with --tower")
+    if folder is not None and not separate:
+        raise UsageError(f"a checkpoint of the family {family.name} holds its tower itself; leave --tower out")
+    return None if folder is None else open_checkpoint(folder)
 
 
 def _check_out(out: Path, *, overwrite: bool) -> None:

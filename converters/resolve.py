@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgevlm import spec as specs
-from edgevlm.converters.resolve_image import resolve_image
+from edgevlm.converters.resolve_image import resolve_image, square
 from edgevlm.converters.sections import LARGEST_NUMBER, Section, invalid, unsupported
 from edgevlm.errors import BundleError
 from edgevlm.families.schema import Family, Tower, Vision
 from edgevlm.spec import DecoderSpec, EncoderSpec, ImageSpec, ModelSpec, PromptSpec
 
-_STRATEGIES = {"default": "default", "full": "full"}
+_STRATEGIES = {"default": "default", "full": "full", "patch": "default", "cls_patch": "full"}
+IMAGE_LITERAL = "<image>"  # what templates print where no token stands for a picture
 _MOST_LAYERS = 512  # llama.cpp's LLAMA_MAX_LAYERS; it aborts beyond
 
 
@@ -84,6 +85,7 @@ def resolve(
     tokens: Mapping[int, str],
     *,
     name: str,
+    tower: Mapping[str, Any] | None = None,
 ) -> Resolved:
     """Resolve one checkpoint.
 
@@ -94,6 +96,7 @@ def resolve(
             that knows text only.
         tokens: Token texts by id, to name the image token.
         name: What the model shall be called.
+        tower: config.json of the tower's own checkpoint, for a family that has one.
 
     Raises:
         CheckpointError: `checkpoint.invalid` for contradictions, `checkpoint.unsupported` for what we cannot run.
@@ -109,7 +112,7 @@ def resolve(
     vision, image_token, tile_texts = None, None, None
     if family.vision is not None:
         assert processor is not None
-        vision = _resolve_vision(family, family.vision, top, processor, n_embd=decoder.n_embd)
+        vision = _resolve_vision(family, family.vision, top, processor, tower, n_embd=decoder.n_embd)
         image_token, tile_texts = _image_token(family.vision, top, tokens), family.vision.tile_texts
     spec = ModelSpec(
         name=name,
@@ -193,17 +196,26 @@ def _check_decoder_kind(family: Family, where: str, text: Any) -> None:
 
 
 def _resolve_vision(
-    family: Family, declared: Vision, top: Section, processor: Mapping[str, Any], *, n_embd: int
+    family: Family,
+    declared: Vision,
+    top: Section,
+    processor: Mapping[str, Any],
+    own: Mapping[str, Any] | None,
+    *,
+    n_embd: int,
 ) -> ResolvedVision:
-    data = top.get(declared.section)
+    data = top.get(declared.section) if own is None else own.get(declared.section, own)
     tower = _find_tower(family, declared, data)
     if declared.post_norm and all(weight.when != "post_norm" for weight in tower.weights.values()):
         raise unsupported(f"the family {family.name} wants the last norm, which no state of {tower.model_type} has")
     section = Section(f"config.json: {declared.section}", data, tower.keys)
     positions = (section.size("image_size") // section.size("patch_size")) ** 2 + tower.class_token
     cut_first = _strategy(declared, top) == "default"
+    if "mm_hidden_size" in family.keys.read and top.get("mm_hidden_size") not in (None, section.size("hidden_size")):
+        raise invalid(f"mm_hidden_size is {top.get('mm_hidden_size')!r}, the tower has {section.size('hidden_size')}")
+    image = resolve_image(declared.processors, processor, side_px=section.size("image_size"))
     return ResolvedVision(
-        image=resolve_image(declared.processors, processor, side_px=section.size("image_size")),
+        image=square(image, top, declared.aspect) if declared.aspect else image,
         encoder=_resolve_encoder(family, declared, tower, top, section, n_tokens=positions - cut_first, n_embd=n_embd),
         tower=tower,
         cut_first=cut_first,
@@ -283,6 +295,8 @@ def _connector_bias(declared: Vision, top: Section) -> bool:
 
 
 def _image_token(declared: Vision, top: Section, tokens: Mapping[int, str]) -> str:
+    if not declared.image_token:
+        return IMAGE_LITERAL
     ids = [top.token_id(key) for key in declared.image_token]
     found = next((index for index in ids if index is not None), None)
     if found is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -73,6 +74,28 @@ def _longest_edge(section: Section, key: str) -> int:
     if type(value) is not int or value < 1:
         raise unsupported(f"{section.where}: {key} is {str(found)[:80]}, only a longest_edge can be used")
     return value
+
+
+def square(image: ImageSpec, top: Section, key: str) -> ImageSpec:
+    """What LLaVA's own code does before the processor (`process_images` in `llava/mm_utils.py`).
+
+    Args:
+        image: What the processor alone does.
+        top: config.json.
+        key: The key that says `pad`, or `square` or nothing for the processor alone.
+
+    Raises:
+        CheckpointError: `checkpoint.unsupported`.
+    """
+    if image.policy != "shortest_crop":
+        raise unsupported(f"{key} goes with a processor that crops, this one is {image.policy}")
+    if not top.choice(key, {"pad": True, "square": False, None: False}):
+        return image
+    return dataclasses.replace(
+        image,
+        policy="pad_square",
+        pad_rgb=tuple(int(channel * 255) for channel in image.mean),  # type: ignore[arg-type]
+    )
 
 
 def _find(processors: tuple[Processor, ...], data: Mapping[str, Any]) -> Processor:

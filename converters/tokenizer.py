@@ -16,6 +16,8 @@ from edgevlm.converters.sections import invalid, unsupported
 from edgevlm.converters.sentencepiece import read_sentencepiece
 from edgevlm.converters.tokenizer_json import read_tokenizer_json
 from edgevlm.converters.tokens import Tokens, lay_out
+from edgevlm.errors import UsageError
+from edgevlm.families.schema import Family
 
 # Tokens that end an answer in llama.cpp by their text alone; all others need one of the three keys.
 _STOPS_BY_TEXT = {"<|eot_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>", "</s>"}
@@ -108,6 +110,29 @@ def read_vocabulary(
     )
 
 
+def choose_template(family: Family, config: Mapping[str, Any], tokens: Tokens, name: str | None) -> str | None:
+    """The family's chat template for a checkpoint that carries none: the named one, or the first that fits.
+
+    Raises:
+        UsageError: there is none of that name.
+        CheckpointError: `checkpoint.invalid`, tokens that stand around a picture are missing.
+    """
+    texts = set(tokens.texts.values())
+    fitting = [one for one in family.templates if (one.name == name if name else one.token in {"", *texts})]
+    if name and not fitting:
+        known = ", ".join(one.name for one in family.templates) or "none"
+        raise UsageError(f"the family {family.name} has no template {name!r}; it has {known}")
+    source = fitting[0].source if fitting else None
+    wrap = family.vision.wrap if family.vision else None
+    if source is None or wrap is None or config.get(wrap[0]) is not True:
+        return source
+    _, before, after = wrap
+    if not {before, after} <= texts:
+        raise invalid(f"{wrap[0]} is true, but the tokenizer lacks {before} or {after}")
+    # llava/train/train.py: the two tokens enclose the picture, the line break follows
+    return source.replace("<image>", f"{before}<image>{after}")
+
+
 def _bracketing(tokens: Tokens, special: Mapping[str, int]) -> tuple[bool, bool]:
     """Whether bos is put before and eos after a text; nothing else may be."""
     text_of = {role: tokens.texts[index] for role, index in special.items()}
@@ -137,7 +162,10 @@ def _special_ids(
             raise invalid(f"tokenizer_config.json: {key} {text!r} is not a token")
         if index is not None and index in known:
             found[role] = index
-    stops = _stops(checkpoint, known) or ((found["eos"],) if "eos" in found else ())
+    # The first conversions of Llama name bos as the end of an answer, in config.json as well.
+    wrong = {found.get("bos")} - {found.get("eos")}
+    said = tuple(index for index in _stops(checkpoint, known) if index not in wrong)
+    stops = said or ((found["eos"],) if "eos" in found else ())
     if stops and found.get("eos") not in stops:  # `generate` asks generation_config.json alone
         found["eos"] = stops[0]
     others = [index for index in stops if index != found["eos"] and tokens.texts[index] not in _STOPS_BY_TEXT]

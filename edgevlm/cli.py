@@ -166,6 +166,14 @@ def convert(
     name: Annotated[
         str | None, typer.Option("--name", metavar="NAME", help="What to call the model. [default: CHECKPOINT's name]")
     ] = None,
+    tower: Annotated[
+        Path | None,
+        typer.Option("--tower", metavar="FOLDER", help="The vision tower's checkpoint, where it lies apart."),
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option("--template", metavar="NAME", help="Chat template for a checkpoint without one: v1, v0, llama3."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a bundle.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Keep the bundle even if too much was lost.")] = False,
     fidelity_tokens: Annotated[
@@ -186,6 +194,7 @@ def convert(
       edgevlm convert ./checkpoint ./bundle --decoder-quant q5_k_m
       edgevlm convert ./checkpoint ./bundle --decoder-quant auto --device pi5
       edgevlm convert ./checkpoint ./bundle --decoder-type ffn_down=q6_k
+      edgevlm convert ./llava-v1.5-7b ./bundle --tower ./clip-large-336
     """
     from edgevlm import describe
     from edgevlm.converters import convert as convert_checkpoint
@@ -201,6 +210,8 @@ def convert(
         decoder_types=_pairs(decoder_type or []),
         imatrix=imatrix,
         name=name,
+        tower=tower,
+        template=template,
         overwrite=overwrite,
         force=force,
         fidelity_tokens=fidelity_tokens,

@@ -293,6 +293,15 @@ def test_generation_config_wins_over_the_tokenizer(tmp_path):
     assert (found.special["eos"], found.stops) == (numbers[0], tuple(numbers))
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_bos_ends_an_answer_only_where_it_is_eos_too(tmp_path, same):
+    """GPT-2's relatives have one token for both; the first conversions of Llama named bos by mistake."""
+    folder, (bos, start) = stops(tmp_path, ["<|begin|>", "<|start|>"])
+    if same:
+        tiny.rewrite_json(folder / "tokenizer_config.json", lambda data: {**data, "eos_token": "<|begin|>"})
+    assert read(folder).stops == ((bos, start) if same else (start,))
+
+
 def test_more_ends_than_llama_cpp_can_be_told_are_refused(tmp_path):
     folder, _ = stops(tmp_path, ["<|end|>", "[extra]", "<|start|>", "<image>"])
     with pytest.raises(CheckpointError, match="run past"):

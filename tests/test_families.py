@@ -20,7 +20,11 @@ from edgevlm.errors import CheckpointError
 from edgevlm.families.parts import LINEAR
 
 FOLDER = Path(families.__path__[0])
-DECLARATIONS = [FOLDER / "parts.py", *(FOLDER / f"{name}.py" for name in families.module_names())]
+DECLARATIONS = [
+    FOLDER / "parts.py",
+    FOLDER / "templates.py",
+    *(FOLDER / f"{name}.py" for name in families.module_names()),
+]
 
 
 def only_declares(source: str) -> bool:
@@ -51,7 +55,7 @@ def test_families_are_found_by_their_architecture():
 def test_architectures_and_names_are_unique():
     declared = families.families()
     names = [family.name for family in declared]
-    architectures = [name for family in declared for name in family.hf_architectures]
+    architectures = [(name, str(family.needs)) for family in declared for name in family.hf_architectures]
     assert len(set(names)) == len(names)
     assert len(set(architectures)) == len(architectures)
 

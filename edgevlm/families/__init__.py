@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
+from typing import Any
 
 from edgevlm.errors import CheckpointError
 from edgevlm.families.schema import Family
 
-_NOT_FAMILIES = {"schema", "parts"}
+_NOT_FAMILIES = {"schema", "parts", "templates"}
 
 
 def module_names() -> tuple[str, ...]:
@@ -21,23 +23,39 @@ def families() -> tuple[Family, ...]:
     return tuple(importlib.import_module(f"{__name__}.{name}").FAMILY for name in module_names())
 
 
-def find(architectures: list[str], known: tuple[Family, ...] | None = None) -> Family:
+def find(
+    architectures: list[str], known: tuple[Family, ...] | None = None, config: Mapping[str, Any] | None = None
+) -> Family:
     """The family that declares one of these Hugging Face architectures.
 
     Args:
         architectures: The list `architectures` of config.json.
         known: The families to search; every declared one by default.
+        config: config.json, for families that need more than an architecture.
 
     Raises:
         CheckpointError: `checkpoint.unsupported`, listing what is supported.
     """
     known = families() if known is None else known
-    for family in known:
-        if any(name in family.hf_architectures for name in architectures):
-            return family
-    supported = sorted(name for family in known for name in family.hf_architectures)
+    fitting = [
+        family
+        for family in known
+        if any(name in family.hf_architectures for name in architectures) and _has(config or {}, family.needs)
+    ]
+    if fitting:
+        return max(fitting, key=lambda family: len(family.needs))
+    supported = sorted({name for family in known for name in family.hf_architectures})
     raise CheckpointError(
-        f"config.json names the architecture {', '.join(architectures) or '(none)'}; "
+        f"config.json names the architecture {', '.join(architectures) or '(none)'}{_projector(config or {})}; "
         f"supported are {', '.join(supported)}",
         code="checkpoint.unsupported",
     )
+
+
+def _has(config: Mapping[str, Any], needs: Mapping[str, tuple[Any, ...]]) -> bool:
+    return all(config.get(key) in values if values else key in config for key, values in needs.items())
+
+
+def _projector(config: Mapping[str, Any]) -> str:
+    found = config.get("mm_projector_type")
+    return "" if found is None else f" with mm_projector_type {str(found)[:40]!r}"

@@ -3,7 +3,7 @@
 Defaults are those of the Hugging Face configuration classes (transformers 5.23), which write sparse files.
 """
 
-from edgevlm.families.schema import Keys, Part, Processor, Tower, Weight
+from edgevlm.families.schema import REQUIRED, Keys, Part, Processor, Tower, Weight
 
 #: Keys that every section may carry and that say nothing about the numbers.
 BOOKKEEPING = (
@@ -25,6 +25,10 @@ OLD_BOOKKEEPING = (
     "pruned_heads", "remove_invalid_values", "repetition_penalty", "return_dict_in_generate", "sep_token_id",
     "suppress_tokens", "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p",
     "typical_p", "transformers.js_config",
+)  # fmt: skip
+#: The same with what a tower has no use for either.
+_GENERATION = (
+    *OLD_BOOKKEEPING, "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings",
 )  # fmt: skip
 
 _BLOCK = {
@@ -128,8 +132,8 @@ CLIP = Tower(
             "layer_norm_eps": 1e-5,
             "hidden_act": "quick_gelu",
         },
-        fixed={"num_channels": (3,), "tie_last_hidden_states": (None, False)},
-        ignored=(*BOOKKEEPING, "projection_dim", "vocab_size"),
+        fixed={"num_channels": (3,), "tie_last_hidden_states": (None, False), "pruned_heads": (None, {})},
+        ignored=(*BOOKKEEPING, *_GENERATION, "projection_dim", "vocab_size"),
     ),
     weights={
         "embeddings.class_embedding": Weight("class.weight", ("hidden",)),
@@ -140,7 +144,14 @@ CLIP = Tower(
         **_BLOCK,
     },
     # CLIP applies its last norm to the pooled class token only, which no connector reads.
-    unused=("embeddings.position_ids", "post_layernorm.*"),
+    unused=(
+        "embeddings.position_ids",
+        "post_layernorm.*",
+        "text_model.*",
+        "visual_projection.weight",
+        "text_projection.weight",
+        "logit_scale",
+    ),
 )
 
 MLP = Part(
@@ -160,14 +171,11 @@ PIXEL_SHUFFLE = Part(
     weights={"proj.weight": Weight("fc1.weight", ("n_embd", "features"))},
 )
 
-LINEAR = Part(
-    kind="linear",
-    keys=Keys(),
-    weights={
-        "weight": Weight("fc1.weight", ("n_embd", "features")),
-        "bias": Weight("fc1.bias", ("n_embd",)),
-    },
-)
+LINEAR_WEIGHTS = {
+    "weight": Weight("fc1.weight", ("n_embd", "features")),
+    "bias": Weight("fc1.bias", ("n_embd",)),
+}
+LINEAR = Part(kind="linear", keys=Keys(), weights=LINEAR_WEIGHTS)
 
 _LLAMA_READ = {
     "vocab_size": 32000,
@@ -206,6 +214,42 @@ _LLAMA_WEIGHTS = {
     "layers.{i}.mlp.down_proj.weight": Weight("blk.{i}.ffn_down.weight", ("n_embd", "n_ff")),
 }
 _LLAMA_BUFFERS = ("layers.{i}.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq")  # of old releases
+
+#: As `mlp` and `linear`, in the names of LLaVA's own code.
+MM_MLP = Part(
+    kind="mlp",
+    keys=Keys(fixed={"mm_projector_type": ("mlp2x_gelu",)}),
+    weights={
+        "0.weight": Weight("fc1.weight", ("n_embd", "features")),
+        "0.bias": Weight("fc1.bias", ("n_embd",)),
+        "2.weight": Weight("fc2.weight", ("n_embd", "n_embd")),
+        "2.bias": Weight("fc2.bias", ("n_embd",)),
+    },
+)
+MM_LINEAR = Part(kind="linear", keys=Keys(fixed={"mm_projector_type": ("linear", None)}), weights=LINEAR_WEIGHTS)
+
+#: What LLaVA's own code writes into config.json beside the language model's keys.
+MM_KEYS = Keys(
+    read={
+        "mm_vision_select_layer": REQUIRED,
+        "mm_vision_select_feature": "patch",
+        "mm_use_im_start_end": False,
+        "mm_hidden_size": None,
+        "image_aspect_ratio": None,
+    },
+    fixed={
+        "mm_patch_merge_type": (None, "flat"),
+        "mm_resampler_type": (None,),
+        "use_mm_proj": (True, None),
+        "image_grid_pinpoints": (None,),
+    },
+    ignored=(
+        "mm_vision_tower", "mm_use_im_patch_token", "mm_projector_lr", "freeze_mm_mlp_adapter", "tune_mm_mlp_adapter",
+        "freeze_mm_vision_resampler", "tune_mm_vision_resampler", "unfreeze_mm_vision_tower", "pretrain_mm_mlp_adapter",
+        "tokenizer_model_max_length", "tokenizer_padding_side", "mm_vision_tower_lr", "sep_image_conv_front",
+        "image_token_len", "vision_tower",
+    ),
+)  # fmt: skip
 
 LLAMA = Part(
     kind="llama",

@@ -114,9 +114,14 @@ class Vision:
             block 0, negative from the end), or a literal index.
         feature_strategy: The key that says `default` (the first position is cut off) or `full`, or such a literal.
         post_norm: Whether the tower's last norm follows the selected state.
-        image_token: Keys, in order of preference, of the id of the token that stands for a picture.
+        image_token: Keys, in order of preference, of the id of the token that stands for a picture; none if no token
+            does, and templates print `<image>`.
         tile_texts: What stands between the tiles of a picture; None if nothing does.
         control_tokens: Texts in `tile_texts` that must be tokens of their own.
+        separate: Whether the tower lies in a checkpoint of its own; `section` is then a section of its config.json,
+            which may also be flat, and the tower's prefixes begin with `tower:`.
+        aspect: The key that says how a picture becomes square (`pad`, or `square`, the default); empty for none.
+        wrap: The key that says whether two tokens stand around a picture, and those tokens.
     """
 
     section: str
@@ -131,6 +136,18 @@ class Vision:
     image_token: tuple[str, ...]
     tile_texts: TileTexts | None = None
     control_tokens: tuple[str, ...] = ()
+    separate: bool = False
+    aspect: str = ""
+    wrap: tuple[str, str, str] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """A chat template. It fits a vocabulary that has `token`, or any if that is empty; `name` asks for it."""
+
+    name: str
+    source: str
+    token: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +161,9 @@ class Family:
         text_keys: Keys of that section beyond those of `decoder`.
         decoder_prefixes, head_prefixes: As a tower's.
         decoder_model_types: Values of `model_type` beside the decoder's keys.
+        needs: Keys of config.json that must be there, with the values that they may have (None is an absent key; no
+            values mean any). Of several families for an architecture, the one with the most needs wins.
+        templates: For checkpoints without a chat template, the first that fits.
         vision: None for a family that knows text only.
     """
 
@@ -156,4 +176,6 @@ class Family:
     decoder_prefixes: tuple[str, ...]
     head_prefixes: tuple[str, ...]
     decoder_model_types: tuple[str, ...] = ("llama",)
+    needs: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    templates: tuple[Template, ...] = ()
     vision: Vision | None = None
