@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 
 def check_image(image_HWC: Any, *, spaced: bool = False) -> NDArray[np.uint8]:
-    """A (H, W, C) view of a picture whose pixels are packed inside each row; a copy only if they are not.
+    """A (H, W, C) view of a picture whose pixels are packed inside each row, and whose rows go downwards in memory; a
+    copy only if that is not so.
 
     With `spaced`, RGB pixels may also be four bytes apart.
 

@@ -17,6 +17,7 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from edgevlm import frames
+from edgevlm._arrays import check_image
 from edgevlm.errors import EdgeVLMError, ImageError
 from edgevlm.files import open_regular
 
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 class ImageLimits:
     """What is refused before any pixel is decoded.
 
-    2^26 pixels let the full pictures of 64-megapixel phones pass (9280 x 6944) and bound memory: a pixel takes 4 bytes,
-    and another 4 while a picture is turned or converted.
+    2^26 pixels let the full pictures of 64-megapixel phones pass (9280 x 6944) and bound memory: a pixel of an RGB file
+    takes 4 bytes, 8 while it is turned; of other modes up to 20 while they are converted.
     """
 
     encoded_bytes: int = 64 * 2**20
@@ -258,7 +259,7 @@ def _from_array(array: NDArray[Any], limits: ImageLimits) -> NDArray[np.uint8]:
     _check_size(width, height, "the array", limits)
     if channels == 4:
         return frames.composite(image_HWC)
-    return np.ascontiguousarray(np.broadcast_to(image_HWC, (height, width, 3)))
+    return check_image(np.broadcast_to(image_HWC, (height, width, 3)), spaced=True)
 
 
 def _load_in_place(image: Image) -> NDArray[np.uint8]:
@@ -269,13 +270,24 @@ def _load_in_place(image: Image) -> NDArray[np.uint8]:
     """
     import numpy as np
     from PIL import Image as pil
+    from PIL.ImageFile import ImageFile
 
-    map_buffer = getattr(getattr(pil, "core", None), "map_buffer", None)  # not a public name: it may go away
-    if image.mode != "RGB" or map_buffer is None:
+    if image.mode != "RGB" or not isinstance(image, ImageFile):
         return _to_array(image)
     # Zeros, as Pillow's own memory: a decoder may leave pixels out.
     rgbx_HWC = np.zeros((image.height, image.width, 4), dtype=np.uint8)
-    image.im = mapped = map_buffer(rgbx_HWC, image.size, "raw", 0, ("RGB", 0, 1))
+    try:
+        mapped = pil.core.map_buffer(rgbx_HWC, image.size, "raw", 0, ("RGB", 0, 1))  # type: ignore[attr-defined]
+    except (AttributeError, TypeError, ValueError):  # it is not public: it may change or go away
+        return _to_array(image)
+    prepare = image.load_prepare
+
+    def load_prepare() -> None:
+        # Not before: an image that has memory counts as decoded, even if its file holds no pixels at all.
+        image.im = mapped
+        prepare()
+
+    image.load_prepare = load_prepare  # type: ignore[method-assign]
     image.load()
     if image.im is not mapped or image.has_transparency_data:  # a plugin of its own mind; a transparent colour
         return _to_array(image)

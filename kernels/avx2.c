@@ -11,7 +11,7 @@
 
 enum { HALF_BITS = 15, ROWS = 8, TAPS = 2 };
 
-/* ---- horizontal: lanes of 32 bits, each with two samples of 16 bits; 8 rows, low and high 128 bits 4 rows each ---- */
+/* ---- horizontal: lanes of 32 bits, each with two samples of 16 bits; 8 rows, 4 in each 128 bits ---- */
 
 /* Two low halves in one word, two high halves in the next. */
 static void pack_halves(const int32_t *weights, int32_t *packed) {
@@ -28,7 +28,7 @@ static const struct lane_format format = {
     .rows = ROWS, .load_bytes = sizeof(__m128i), .taps = TAPS,
     .channel_bytes = sizeof(__m256i), .finished_bytes = 4 * sizeof(__m256i), .n_words = 2, .pack = pack_halves};
 
-/* Channel c of pixels 0 and 1 (2 and 3 for `rgb_high`), widened to 16 bits. */
+/* Channel c of pixels 0 and 1 (2 and 3 for the second), widened to 16 bits. */
 #define PAIR(base, c, step) (base) + (c), -1, (base) + (c) + (step), -1
 
 /* Row k of four, rotated so that its three lanes come to stand where they belong; see lanes.h. */

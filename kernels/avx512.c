@@ -11,12 +11,21 @@
 
 enum { ROWS = RESIZE_BATCH, TAPS = 4, DIGITS = 3 };
 
+/* The weight in three signed digits of radix 256, least first: w = d[0] + 256 * d[1] + 65536 * d[2]. Exact for
+ * |w| < 127.5 * 65536, and weights stay below 2^23 by far. */
+static void to_digits(int32_t weight, int8_t digits[3]) {
+    for (int i = 0; i < 3; i++) {
+        digits[i] = (int8_t)(uint8_t)(weight & 0xFF);
+        weight = (weight - digits[i]) / 256; /* no remainder */
+    }
+}
+
 /* A word for each power of 256, with the digits of four taps. */
 static void pack_digits(const int32_t *weights, int32_t *packed) {
     uint32_t words[DIGITS] = {0};
     for (int t = 0; t < TAPS; t++) {
         int8_t digits[DIGITS];
-        lanes_digits(weights[t], digits);
+        to_digits(weights[t], digits);
         for (int d = 0; d < DIGITS; d++) {
             words[d] |= (uint32_t)(uint8_t)digits[d] << (8 * t);
         }
@@ -49,8 +58,7 @@ static const int8_t rgb_fours[4][16] = {
 };
 static const int8_t rgba_fours[16] = {FOUR(0, 4), FOUR(1, 4), FOUR(2, 4), FOUR(3, 4)};
 
-/* Eight rows into one half of each vector. Shuffles are the scarce resource here, and loading two rows into one
- * register takes none. RGB: four pixels, one group of three vectors. */
+/* Eight rows into one half of each vector. RGB: four pixels, one group of three vectors. */
 static LANES_INLINE void arrange_rgb(const uint8_t *const *rows, size_t offset, __m512i *out, int half) {
     __m256i x[4];
     for (int k = 0; k < 4; k++) {

@@ -134,8 +134,9 @@ static uint8_t *run(const struct kernel_ops *ops, const struct trial *t) {
     init_axes(t, axes);
     uint8_t *dst = new_answer(t);
     struct resize_source source = {.pixels = t->src, .stride = src_stride(t), .channels = t->channels,
-                                   .pixel_bytes = t->pixel_bytes, .height = (int32_t)picture_side(t, 1), .width = (int32_t)picture_side(t, 0),
-                                   .top = t->border[1][0], .left = t->border[0][0]};
+                                   .pixel_bytes = t->pixel_bytes, .height = (int32_t)picture_side(t, 1),
+                                   .width = (int32_t)picture_side(t, 0), .top = t->border[1][0],
+                                   .left = t->border[0][0]};
     memcpy(source.colour, t->border_colour, sizeof source.colour);
     struct resize_sink sink = {.pixels = t->kind == PACKED ? dst : NULL, .stride = dst_stride(t),
                                .tiles_u8 = t->kind == TILES_U8 ? dst : NULL,
@@ -159,6 +160,9 @@ static bool check_resize(const struct kernel_ops *ops, const struct trial *t, co
         printf("%s differs: filter %d, %d channels, %dx%d -> %dx%d, window (%d, %d), box (%g, %g, %g, %g), sink %d\n",
                ops->name, (int)t->filter, t->channels, t->n_in[0], t->n_in[1], t->n_out[0], t->n_out[1], t->origin[0],
                t->origin[1], t->box[0][0], t->box[1][0], t->box[0][1], t->box[1][1], (int)t->kind);
+        printf("    pixels of %d bytes, border (%d, %d, %d, %d), canvas %zux%zu from (%zu, %zu), tiles %zux%zu\n",
+               t->pixel_bytes, t->border[0][0], t->border[1][0], t->border[0][1], t->border[1][1], t->canvas[0],
+               t->canvas[1], t->canvas_origin[0], t->canvas_origin[1], t->tile[0], t->tile[1]);
     }
     free(found);
     return equal;
@@ -204,8 +208,9 @@ double seconds(void) {
 
 /* A whole RGB picture to a square, bicubic. */
 static struct trial photograph(int32_t width, int32_t height, int32_t side) {
-    struct trial t = {.filter = FILTER_BICUBIC, .channels = 3, .pixel_bytes = 3, .n_in = {width, height}, .n_out = {side, side},
-                      .n_window = {side, side}, .box = {{0, (float)width}, {0, (float)height}}};
+    struct trial t = {.filter = FILTER_BICUBIC, .channels = 3, .pixel_bytes = 3, .n_in = {width, height},
+                      .n_out = {side, side}, .n_window = {side, side},
+                      .box = {{0, (float)width}, {0, (float)height}}};
     make_picture(&t);
     return t;
 }

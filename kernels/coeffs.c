@@ -78,8 +78,8 @@ static void *alloc(size_t a, size_t b, size_t size) {
 }
 
 /* Weights of one output whose centre is at input coordinate `center`; `scratch` holds n_taps doubles. */
-static void output_weights(struct resize_axis *axis, int32_t i, enum resize_filter filter, double center, double stretch,
-                           double *scratch) {
+static void output_weights(struct resize_axis *axis, int32_t i, enum resize_filter filter, double center,
+                           double stretch, double *scratch) {
     double support = filters[filter].support * stretch;
     double inverse = 1.0 / stretch;
 

@@ -18,7 +18,9 @@ static const struct kernel_ops *const targets[] = {
     &kernels_avx512,
 #elif defined(__aarch64__)
     &kernels_neon,
+#ifdef KERNELS_DOTPROD
     &kernels_dotprod,
+#endif
 #endif
     NULL,
 };

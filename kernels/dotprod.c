@@ -6,8 +6,10 @@
  */
 #include "kernels.h"
 
-#if defined(__aarch64__)
+#ifdef KERNELS_DOTPROD
+#ifndef __ARM_FEATURE_DOTPROD
 #define LANES_TARGET __attribute__((target("arch=armv8.2-a+dotprod")))
+#endif
 #include "lanes_neon.h"
 
 enum { ROWS = LANES_EIGHT, FOURS = ROWS / 4, TAPS = 4, DIGITS = 3, N_WORDS = 4, N_HEAD = 1 };

@@ -6,7 +6,7 @@
  *   resize.c    drives the two passes of a resize and owns the intermediate rows.
  *   coeffs.c    the weights of a resize in fixed point. Shared by all targets, so they agree by construction.
  *   scalar.c    the definition of every kernel. Any other target must equal it bit for bit:
- *   avx2.c, avx512.c, neon.c, dotprod.c  with lanes.h and lanes_neon.h, which they share.
+ *   avx2.c, avx512.c, neon.c, dotprod.c  with lanes.h, lanes_x86.h and lanes_neon.h, which they share.
  *   frames*.[ch]  the same layers for frames of a camera, in files of their own.
  *
  * Rows hold interleaved uint8 samples (HWC); `channels` is 1, 3 or 4 and all channels are treated alike.
@@ -80,7 +80,7 @@ struct kernel_ops {
                      size_t n_bytes, int32_t *scratch);
 
     /* Interleaved samples into planes: dst[c * plane + i] = src[pixel_bytes * i + c] for `n_pixels` pixels and the
-     * first `n_planes` of their `pixel_bytes` samples; */
+     * first `n_planes` of their `pixel_bytes` samples, all of which may be read; */
     void (*planes_u8)(const uint8_t *src, uint8_t *dst, size_t plane, size_t n_pixels, int pixel_bytes, int n_planes);
 
     /* and the same through a table: dst[c * plane + i] = lut_C256[c * 256 + src[pixel_bytes * i + c]].
@@ -103,7 +103,11 @@ extern const struct kernel_ops kernels_scalar;
 #if defined(__x86_64__)
 extern const struct kernel_ops kernels_avx2, kernels_avx512;
 #elif defined(__aarch64__)
-extern const struct kernel_ops kernels_neon, kernels_dotprod;
+extern const struct kernel_ops kernels_neon;
+#if defined(__ARM_FEATURE_DOTPROD) || !defined(__clang__) || __clang_major__ >= 16
+#define KERNELS_DOTPROD /* older clangs cannot compile single functions for more than the baseline of arm64 */
+extern const struct kernel_ops kernels_dotprod;
+#endif
 #endif
 
 /* ---- dispatch.c ---- */
@@ -159,8 +163,8 @@ struct resize_sink {
     size_t stride;
 
     /* Or a canvas of `height` x `width`, of one colour where the picture, at (top, left), does not cover it, and cut
-     * into tiles of tile_height x tile_width, whole numbers of which make the canvas. The tiles follow each other row by
-     * row, each with its channels in planes (CHW): uint8, or float32 through a table. */
+     * into tiles of tile_height x tile_width, whole numbers of which make the canvas. The tiles follow each other row
+     * by row, each with its channels in planes (CHW): uint8, or float32 through a table. */
     uint8_t *tiles_u8;
     float *tiles_f32;
     const float *lut_C256;

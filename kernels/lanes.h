@@ -2,13 +2,16 @@
  *
  * A batch of rows has rows * channels independent streams of samples, and the same weights apply to all of them. So a
  * stream gets a lane of a vector, and the sums of all lanes grow side by side: no weight is ever permuted, and no sum
- * is ever taken across a vector. First the rows are arranged: `taps` successive samples of a stream, as many as one
- * instruction multiplies and adds for a lane, form one element of the lane; all lanes of these columns form a group.
+ * is ever taken across a vector. First the rows are arranged: `taps` successive columns, of all lanes, form a group, as
+ * the target's instructions want them. Where these multiply and add several samples for a lane, those lie together:
  *
- *     four RGB rows, 12 lanes = 3 vectors of 4:  r0R r0G r0B r1R | r1G r1B r2R r2G | r2B r3R r3G r3B
+ *     x86, four RGB rows, 12 lanes = 3 vectors of 4, two or four samples in each lane:
+ *     r0R r0G r0B r1R | r1G r1B r2R r2G | r2B r3R r3G r3B
+ *     dotprod: four samples of a row and channel in each lane, vectors of four rows
+ *     neon:    one sample in each lane, vectors of eight rows
  *
- * Groups are aligned to `taps` columns, outputs begin anywhere, so the weights of an output are shifted to the start of
- * its first group, with zeros before and after them.
+ * Groups begin at every `granule` columns and outputs anywhere, so the weights of an output are shifted to the start of
+ * its first group, with zeros before and after them. With granules of one column nothing is shifted.
  */
 #ifndef EDGEVLM_LANES_H
 #define EDGEVLM_LANES_H
@@ -48,7 +51,7 @@ struct lane_plan {
 struct lane_format {
     size_t rows;           /* of a batch: their lanes fill `channels` vectors, or units of vectors */
     size_t units;          /* that are arranged each for itself; 0: one */
-    size_t load_bytes;     /* that a step reads of each row, for as many fours of columns as they hold; 0: LANES_STEP columns */
+    size_t load_bytes;     /* that a step reads of each row, for as many fours of columns as they hold; 0: LANES_STEP */
     size_t taps;           /* columns of a group */
     size_t granule;        /* columns from one place where groups may begin to the next; 0: as many as a group has */
     size_t channel_bytes;  /* the arranged samples of a group, for each channel of a unit */
@@ -157,15 +160,6 @@ static inline void lanes_plan_init(const struct resize_axis *axis, int channels,
     }
 }
 
-/* The weight in three signed digits of radix 256, least first: w = d[0] + 256 * d[1] + 65536 * d[2]. Exact for
- * |w| < 127.5 * 65536, and weights stay below 2^23 by far. */
-static inline void lanes_digits(int32_t weight, int8_t digits[3]) {
-    for (int i = 0; i < 3; i++) {
-        digits[i] = (int8_t)(uint8_t)(weight & 0xFF);
-        weight = (weight - digits[i]) / 256; /* no remainder */
-    }
-}
-
 /* A batch of rows on its way into the arranged form. It stays a few columns ahead of the outputs, so that the samples
  * are still in the nearest cache when they are multiplied. */
 enum {
@@ -186,9 +180,9 @@ struct lane_feed {
 /* Prepare `n_lane_rows` rows, of which only `n_rows` exist: the last is repeated. The results of the repetitions are
  * written over those of the last row, with the same bytes. A step reads `load_bytes` of each row, at least as many as
  * its columns have and at most 64. */
-static LANES_INLINE void lanes_feed_init(struct lane_feed *feed, const struct lane_plan *plan, const uint8_t *const *src_rows,
-                                   size_t n_rows, size_t n_lane_rows, size_t channels, size_t step_columns,
-                                   size_t load_bytes) {
+static LANES_INLINE void lanes_feed_init(struct lane_feed *feed, const struct lane_plan *plan,
+                                         const uint8_t *const *src_rows, size_t n_rows, size_t n_lane_rows,
+                                         size_t channels, size_t step_columns, size_t load_bytes) {
     size_t n_bytes = plan->n_columns * channels;
     feed->step_bytes = step_columns * channels;
     feed->next = 0;
@@ -206,9 +200,6 @@ static LANES_INLINE void lanes_feed_init(struct lane_feed *feed, const struct la
 
 /* Arrange the columns of one step for all rows of a batch, from byte `offset` of them on. */
 typedef void lanes_arrange(const uint8_t *const *rows, size_t offset, int channels, uint8_t *out);
-
-/* Compute output `i` of all rows of a batch. */
-typedef void lanes_output(const struct lane_plan *plan, size_t i, uint8_t *const *dst, int channels, bool last);
 
 /* Bytes of a row that output `i` and those before it look at. */
 static LANES_INLINE size_t lanes_wanted(const struct lane_plan *plan, size_t i, const struct lane_format *format,
@@ -240,84 +231,6 @@ static LANES_INLINE void lanes_feed_until(struct lane_feed *feed, const struct l
         }
     }
     feed->next = next;
-}
-
-/* All outputs of one batch of rows. A step arranges `step_columns` and reads `load_bytes` of each row. */
-static LANES_INLINE void lanes_batch(const uint8_t *const *src_rows, uint8_t *const *dst_rows, size_t n_rows,
-                                     int channels, const struct resize_axis *axis, const struct lane_plan *plan,
-                                     const struct lane_format *format, size_t step_columns, size_t load_bytes,
-                                     lanes_arrange *arrange, lanes_output *output) {
-    struct lane_feed feed;
-    uint8_t *dst[RESIZE_BATCH];
-    size_t last = (size_t)axis->n_out - 1;
-    size_t step_size = step_columns / format->taps * format->channel_bytes * (size_t)channels;
-    lanes_feed_init(&feed, plan, src_rows, n_rows, format->rows, (size_t)channels, step_columns, load_bytes);
-    for (size_t r = 0; r < format->rows; r++) {
-        dst[r] = dst_rows[r < n_rows ? r : n_rows - 1];
-    }
-    for (size_t i = 0; i < last; i++) {
-        lanes_feed_until(&feed, plan, i, format, channels, step_size, arrange);
-        output(plan, i, dst, channels, false);
-    }
-    lanes_feed_until(&feed, plan, last, format, channels, step_size, arrange);
-    output(plan, last, dst, channels, true);
-}
-
-/* The horizontal pass; compiled once for each number of channels. */
-static LANES_INLINE void lanes_rows(const uint8_t *const *src_rows, uint8_t *const *dst_rows, size_t n_rows,
-                                    int channels, const struct resize_axis *axis, const struct lane_plan *plan,
-                                    const struct lane_format *format, lanes_arrange *arrange, lanes_output *output) {
-    size_t load = format->load_bytes, step = load ? load / (size_t)channels / 4 * 4 : LANES_STEP;
-    load = load ? load : LANES_STEP * (size_t)channels;
-    for (size_t r = 0; r < n_rows; r += format->rows) {
-        const uint8_t *const *src = src_rows + r;
-        uint8_t *const *dst = dst_rows + r;
-        size_t n = n_rows - r;
-        switch (channels) {
-        case 1: lanes_batch(src, dst, n, 1, axis, plan, format, step, load, arrange, output); break;
-        case 3: lanes_batch(src, dst, n, 3, axis, plan, format, step, load, arrange, output); break;
-        default: lanes_batch(src, dst, n, 4, axis, plan, format, step, load, arrange, output); break;
-        }
-    }
-}
-
-/* Compute the columns from `start` on of one output row; `words` are the packed weights of its taps. */
-typedef void lanes_block(const uint8_t *const *src_rows, const int32_t *words, size_t n_taps, uint8_t *dst_row,
-                         size_t start);
-
-/* The vertical pass in blocks of columns. A row that is narrower than one goes to the slower target. */
-static LANES_INLINE void lanes_vertical(const uint8_t *const *src_rows, const int32_t *weights, size_t n_taps,
-                                        uint8_t *dst_row, size_t n_bytes, int32_t *scratch,
-                                        const struct lane_format *format, size_t block, lanes_block *columns,
-                                        const struct kernel_ops *slower) {
-    if (n_bytes < block) {
-        slower->vertical(src_rows, weights, n_taps, dst_row, n_bytes, scratch);
-        return;
-    }
-    lanes_pack(format, weights, n_taps, 0, scratch);
-    for (size_t start = 0; start + block <= n_bytes; start += block) {
-        columns(src_rows, scratch, n_taps, dst_row, start);
-    }
-    if (n_bytes % block) { /* the last block overlaps the one before it */
-        columns(src_rows, scratch, n_taps, dst_row, n_bytes - block);
-    }
-}
-
-/* Up to four outputs, of which `i` is the last, into their rows. Row 4 * q + k has them in the bytes from 16 * q on of
- * vector k; of a single channel, in the k-th four of these bytes of the only vector. Each row gets 16 bytes, as long as
- * what is behind its four RGB pixels is to be written later. */
-static LANES_INLINE void lanes_deliver_four(const struct lane_plan *plan, size_t i, uint8_t *const *dst, int channels,
-                                            const uint8_t *vectors, size_t vector_bytes, size_t n_rows) {
-    size_t n = i % 4 + 1, offset = (i + 1 - n) * (size_t)channels, step = channels == 1 ? 4 : vector_bytes;
-    bool whole = n == 4 && (channels != 3 || i + 2 < plan->n_out);
-    for (size_t r = 0; r < n_rows; r++) {
-        const uint8_t *pixels = vectors + r / 4 * 16 + r % 4 * step;
-        if (whole) {
-            memcpy(dst[r] + offset, pixels, channels == 1 ? 4 : 16);
-        } else {
-            memcpy(dst[r] + offset, pixels, n * (size_t)channels);
-        }
-    }
 }
 
 #endif

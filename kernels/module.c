@@ -55,7 +55,7 @@ bool take(PyObject *object, Py_buffer *view, const char *what, const char *forma
     return true;
 }
 
-/* Whether the samples of a pixel are adjacent, its pixels `pixel_bytes` apart and its rows no closer than they are long. */
+/* Whether samples are adjacent, pixels `pixel_bytes` apart and rows no closer than they are long. */
 static bool is_packed(const Py_buffer *view, Py_ssize_t pixel_bytes) {
     Py_ssize_t height = view->shape[0], width = view->shape[1], channels = view->shape[2];
     /* Python sets no stride of an axis with one element to any particular value. */
@@ -70,7 +70,8 @@ bool take_image(PyObject *object, Py_buffer *view, const char *what, bool output
     Py_ssize_t height = view->shape[0], width = view->shape[1], channels = view->shape[2];
     bool known = channels == 1 || channels == 3 || channels == 4;
     bool fits = height >= 1 && width >= 1 && height <= RESIZE_MAX_SIDE && width <= RESIZE_MAX_SIDE;
-    bool packed = is_packed(view, channels), spaced = pixel_bytes && channels == 3 && is_packed(view, 4);
+    bool packed = fits && is_packed(view, channels);
+    bool spaced = fits && pixel_bytes && channels == 3 && is_packed(view, 4);
     if (!known || !fits) {
         PyErr_Format(PyExc_ValueError, "%s: needs sides of 1 to %d and 1, 3 or 4 channels, found (%zd, %zd, %zd)", what,
                      (int)RESIZE_MAX_SIDE, height, width, channels);

@@ -143,8 +143,9 @@ static bool check_tiles(const struct resize_args *a, const int canvas[6], const 
     } else if (canvas[4] < 0 || canvas[4] > canvas[2] || canvas[5] < canvas[2] + a->rows || canvas[5] > canvas[0]) {
         PyErr_Format(PyExc_ValueError, "the rows %d to %d of the canvas do not hold the window", canvas[4], canvas[5]);
     } else if (!tiled || shape[1] != src->shape[2]) {
-        PyErr_Format(PyExc_ValueError, "tiles (%zd, %zd, %zd, %zd) do not make up the canvas of %d x %d and %zd channels",
-                     shape[0], shape[1], shape[2], shape[3], canvas[0], canvas[1], src->shape[2]);
+        PyErr_Format(PyExc_ValueError,
+                     "tiles (%zd, %zd, %zd, %zd) do not make up the canvas of %d x %d and %zd channels", shape[0],
+                     shape[1], shape[2], shape[3], canvas[0], canvas[1], src->shape[2]);
     } else {
         return true;
     }
@@ -194,7 +195,8 @@ PyDoc_STRVAR(resize_tiles_doc,
              "(window_top, window_left, rows, columns), (border_top, border_left, height, width), border_colour, "
              "(canvas_height, canvas_width, top, left, first_row, end_row), canvas_colour, target)\n--\n\n"
              "Resample src_HWC in its border to height x width, put the window on the canvas, and store that as tiles: "
-             "float32 through lut_C256, or uint8 if that is None. Of the canvas, the rows [first_row, end_row) are stored.");
+             "float32 through lut_C256, or uint8 if that is None. Of the canvas, the rows [first_row, end_row) are "
+             "stored.");
 
 static PyObject *py_resize_tiles(PyObject *module, PyObject *arguments) {
     PyObject *src_object, *dst_object, *lut_object;

@@ -30,7 +30,8 @@ static void count_groups(const int32_t *weights, size_t count, int32_t *parts) {
     while (end > first && weights[end - 1] == (int16_t)weights[end - 1]) {
         end--;
     }
-    size_t before = first < count ? first / TAPS : n_groups, wide_end = first < count ? (end + TAPS - 1) / TAPS : n_groups;
+    size_t before = first < count ? first / TAPS : n_groups;
+    size_t wide_end = first < count ? (end + TAPS - 1) / TAPS : n_groups;
     bool pair = count % TAPS != 0 && count % TAPS <= 2 && (wide_end < n_groups || before == n_groups);
     parts[BEFORE] = (int32_t)(before - (pair && before == n_groups));
     parts[WIDE] = (int32_t)(wide_end - before);

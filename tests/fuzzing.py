@@ -42,6 +42,7 @@ def arrays() -> tuple[Any, ...]:
         base[::-1], base[:, ::-1], base[:, :, ::-1], base[::2, ::3], base[:1][::-1], base.T, np.asfortranarray(base),
         base[:, :, :1], base.transpose(1, 0, 2), read_only, base.view(np.recarray), np.ma.masked_array(base),
         as_strided(base, (6, 4, 3), (2, 3, 1)), as_strided(base, (1, 4, 3), (-(2**62), 3, 1)),
+        as_strided(base, (1, 2**61, 3), (0, 4, 1)),
         as_strided(base, (4, 1, 3), (30, -(2**62), 1)), np.broadcast_to(base[0, 0, 0], (2**24 + 1, 1, 1)),
         np.broadcast_to(base[0, 0, 0], (4, 5, 3)), np.broadcast_to(base[0, 0, 0], (2**40, 2**20, 3)),
     )  # fmt: skip
@@ -111,7 +112,9 @@ class Draw:
         flips = (noise_HWC[::-1], noise_HWC[:, ::-1], noise_HWC[:, :, ::-1], noise_HWC.transpose(1, 0, 2))
         strides = ((0, channels, 1), (1, channels, 1), (width * channels, 0, 1), (0, 0, 0))
         overlaps = [as_strided(noise_HWC, noise_HWC.shape, bytes_HWC) for bytes_HWC in strides]
-        spaced_HWC = rng.integers(0, 256, (height, width, 4), np.uint8)[:, :, :channels]
+        n_bytes = height * width * 4 - (4 - channels)  # to the last sample: what is ignored behind it is not there
+        spaced_bytes = rng.integers(0, 256, n_bytes, np.uint8)
+        spaced_HWC = as_strided(spaced_bytes, (height, width, channels), (width * 4, 4, 1))
         return self.pick((*flips, *overlaps, np.asfortranarray(noise_HWC), spaced_HWC))
 
     def frame(self, n_bytes: int, row_bytes: int) -> Any:

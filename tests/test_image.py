@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import operator
 import struct
 import subprocess
 import sys
@@ -63,7 +64,10 @@ def test_an_rgb_file_is_decoded_in_place(form: str, monkeypatch: pytest.MonkeyPa
     data = encoded(RGB, form, lossless=True)
     found = load_image(data)
     assert found.strides == (RGB.shape[1] * 4, 4, 1)  # as the decoder left it
-    monkeypatch.delattr("PIL.Image.core.map_buffer")  # which is not a public name
+    # it is not a public name: it may change or go away
+    monkeypatch.setattr("PIL.Image.core.map_buffer", lambda *_: operator.index("other arguments"))
+    assert_image(load_image(data), np.ascontiguousarray(found))
+    monkeypatch.delattr("PIL.Image.core.map_buffer")
     assert_image(load_image(data), np.ascontiguousarray(found))
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictures import assert_image, code_of, encoded, exif, noise, png_of_zeros
+from pictures import assert_image, code_of, encoded, exif, noise, png_chunk, png_of_zeros
 from PIL import Image, ImageFile
 
 from edgevlm.errors import EdgeVLMError, ImageError
@@ -42,6 +42,16 @@ def test_other_media_are_refused(data: bytes) -> None:
 def test_format_message_helps() -> None:
     with pytest.raises(ImageError, match="the picture is a GIF file; JPEG, PNG and WebP are accepted"):
         load_image(encoded(noise(), "GIF"))
+
+
+@pytest.mark.parametrize("chunks", [b"", b"acTL"])
+def test_a_png_without_pixels_is_refused(chunks: bytes) -> None:
+    """Even one in RGB, for whose pixels there is memory before the file is asked for them."""
+    data = encoded(noise(), "PNG")
+    animation = png_chunk(chunks, struct.pack(">II", 1, 0)) if chunks else b""
+    hollow = data[:33] + animation + png_chunk(b"IEND", b"")  # signature and IHDR have 33 bytes
+    assert code_of(hollow) == "image.undecodable"
+    assert load_image(data).any()
 
 
 def test_the_bytes_count_not_the_name(tmp_path: Path) -> None:

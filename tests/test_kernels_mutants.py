@@ -51,12 +51,12 @@ if platform.machine() == "x86_64":
         Mutant("no clip", "avx2.c", "_mm256_packus_epi16(", "_mm256_packs_epi16("),
         Mutant("odd tap", "avx2.c", "t + 1 < n_taps ? t + 1 : t", "t"),
         Mutant("digit", "avx512.c", "_mm512_slli_epi32(sums[2], 16)", "_mm512_slli_epi32(sums[2], 15)"),
-        Mutant("last column", "lanes.h", "columns(src_rows, scratch, n_taps, dst_row, n_bytes - block)", ""),
+        Mutant("last column", "lanes_x86.h", "columns(src_rows, scratch, n_taps, dst_row, n_bytes - block)", ""),
         Mutant("plane", "avx2.c", "_mm_set1_epi8(0x70)", "_mm_set1_epi8(0x60)"),
         Mutant("chroma", "frames_avx2.c", "_mm256_srai_epi32(low, 15)", "_mm256_srai_epi32(low, 14)"),
         Mutant("alpha", "frames_avx2.c", "_mm256_set1_epi16(128)", "_mm256_set1_epi16(127)"),
         Mutant("tap", "lanes.h", "g * format->taps + t - shift", "g * format->taps + t + 1 - shift"),
-        Mutant("write behind a row", "lanes.h", "channels == 3 && last", "channels == 3 && !channels"),
+        Mutant("write behind a row", "lanes_x86.h", "i + 2 < plan->n_out", "i + 1 < plan->n_out"),
         Mutant("groups", "lanes.h", "(shift + count + format->taps - 1) / format->taps", "count / format->taps"),
     ]
     UNSEEN += [
