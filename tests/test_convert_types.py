@@ -125,15 +125,15 @@ def test_links_of_a_hugging_face_cache_are_followed(tmp_path):
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.json"])
 def test_a_file_that_changes_while_the_checkpoint_is_opened_is_noticed(tmp_path, monkeypatch, name):
-    """Changed, or made, after the first file was parsed and before the tensors are mapped."""
+    """Changed, or made, after the first file was parsed and before the tensors are listed."""
     folder = tiny.copy(Variant(), tmp_path / "model")
-    opened = converters.open_checkpoint.__globals__["_open_shards"]
+    opened = converters.open_checkpoint.__globals__["_join_shards"]
 
     def meddle(*arguments):
         (folder / name).write_text((folder / name).read_text() + " " if (folder / name).exists() else "{}")
         return opened(*arguments)
 
-    monkeypatch.setitem(converters.open_checkpoint.__globals__, "_open_shards", meddle)
+    monkeypatch.setitem(converters.open_checkpoint.__globals__, "_join_shards", meddle)
     with pytest.raises(CheckpointError, match="changed while"):
         converters.convert(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
