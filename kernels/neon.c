@@ -30,16 +30,20 @@ static void count_groups(const int32_t *weights, size_t count, int32_t *parts) {
     while (end > first && weights[end - 1] == (int16_t)weights[end - 1]) {
         end--;
     }
-    size_t before = first < count ? first / TAPS : n_groups;
-    size_t wide_end = first < count ? (end + TAPS - 1) / TAPS : n_groups;
-    bool pair = count % TAPS != 0 && count % TAPS <= 2 && (wide_end < n_groups || before == n_groups);
-    parts[BEFORE] = (int32_t)(before - (pair && before == n_groups));
-    parts[WIDE] = (int32_t)(wide_end - before);
-    parts[AFTER] = (int32_t)(n_groups - wide_end - (pair && wide_end < n_groups));
+    size_t before = n_groups, after = 0;
+    if (first < count) {
+        before = first / TAPS;
+        after = n_groups - (end + TAPS - 1) / TAPS;
+    }
+    bool pair = count % TAPS != 0 && count % TAPS <= 2 && (after > 0 || first == count);
+    parts[BEFORE] = (int32_t)before;
+    parts[WIDE] = (int32_t)(n_groups - before - after);
+    parts[AFTER] = (int32_t)after;
     parts[PAIR] = pair;
+    parts[after > 0 ? AFTER : BEFORE] -= pair;
 }
 
-/* ---- horizontal: lanes of 16 bits; a vector has one sample of eight rows ---- */
+/* ---- horizontal: lanes of 16 bits, a vector for each sample of a pixel: r0R .. r7R | r0G .. r7G | r0B .. r7B ---- */
 
 static const struct lane_format format = {.rows = ROWS, .units = EIGHTS, .taps = TAPS, .granule = 1,
                                           .channel_bytes = TAPS * sizeof(int16x8_t),
@@ -54,7 +58,7 @@ static LANES_INLINE int32x4_t high_widened(uint8x16_t bytes) {
     return vreinterpretq_s32_u16(vmovl_high_u8(bytes));
 }
 
-/* Sixteen columns of eight rows, widened. The channels of a column stay as they are, one after the other. */
+/* Sixteen columns of eight rows. Their bytes keep their order: channels are told apart when they are multiplied. */
 static LANES_INLINE void arrange(const uint8_t *const *rows, size_t offset, int channels, uint8_t *bytes) {
     const uint8_t *row[LANES_EIGHT];
     int32_t *out = (int32_t *)(void *)bytes;
