@@ -15,15 +15,20 @@ REPOSITORY = Path(__file__).parent.parent
 SANITIZERS = "-fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all"
 
 
-def cmake_build(source: Path, folder: Path, target: str, c_flags: str, compiler: str = "cc") -> None:
+def cmake_build(
+    source: Path, folder: Path, target: str, c_flags: str, compiler: str = "cc", *, toolchain: Path | None = None
+) -> None:
     """Build `target` of the CMake project in `source`, of which `folder` keeps what did not change since the last time.
+
+    Args:
+        toolchain: CMake's description of another machine and its compiler, to build for it.
 
     Raises:
         RuntimeError: It does not build, with the compiler's words.
     """
     options = {
         "CMAKE_BUILD_TYPE": "",
-        "CMAKE_C_COMPILER": compiler,
+        **({"CMAKE_TOOLCHAIN_FILE": toolchain} if toolchain else {"CMAKE_C_COMPILER": compiler}),
         "CMAKE_C_FLAGS": c_flags,
         "EDGEVLM_CHECK": "ON",
         "Python_EXECUTABLE": sys.executable,

@@ -68,6 +68,21 @@ if platform.machine() == "x86_64":
             "(n_steps - 1) * (LANES_STEP / format->taps)",
         ),
     ]
+#: Of arm64; elsewhere tests/arm64/compare.py runs them in emulation.
+ARM64 = [
+    Mutant("rounding", "neon.c", "1 << (RESIZE_WEIGHT_BITS - 1 - 16)", "1 << (RESIZE_WEIGHT_BITS - 16)"),
+    Mutant("carry", "neon.c", "vsubw_s16(w, low)", "w"),
+    Mutant("wide groups", "neon.c", "(end + TAPS - 1) / TAPS", "end / TAPS"),
+    Mutant("pair of three", "neon.c", "count % TAPS <= 2", "count % TAPS <= 3"),
+    Mutant("digit", "dotprod.c", "vrshrq_n_s32(w1, 8)", "vshrq_n_s32(w1, 8)"),
+    Mutant("moved by", "dotprod.c", "128u * ", "127u * "),
+    Mutant("last sample", "lanes_neon.h", "memcpy(row, cut, n_bytes - at)", "memcpy(row, cut, n_bytes - at - 1)"),
+    Mutant("last rows", "lanes_neon.h", "(n_taps - 1) / 4 * 4 + k", "n_taps / 4 * 4 + k"),
+    Mutant("chroma", "frames_neon.c", "vsraq_n_s32(high, low, 15)", "vsraq_n_s32(high, low, 14)"),
+    Mutant("alpha", "frames_neon.c", "vraddhn_u16(x, ", "vaddhn_u16(x, "),
+]
+if platform.machine() in ("aarch64", "arm64"):
+    CHECKED += ARM64
 DEFINITIONS = [
     Mutant("rounding", "scalar.c", "1 << (RESIZE_WEIGHT_BITS - 1)", "0"),
     Mutant("no clip", "scalar.c", "value > 255 ? 255 : value", "value"),
@@ -84,10 +99,17 @@ def named(mutants: list[Mutant]) -> pytest.MarkDecorator:
 
 
 class Workshop:
-    """A copy of the sources that is damaged, built and repaired; only what changed is compiled."""
+    """A copy of the sources that is damaged, built and repaired; only what changed is compiled.
 
-    def __init__(self, folder: Path, c_flags: str) -> None:
-        self.folder, self.c_flags = folder, c_flags
+    Args:
+        toolchain: Of another machine, see `cmake_build`;
+        emulator: and the command that runs its programs.
+    """
+
+    def __init__(
+        self, folder: Path, c_flags: str, *, toolchain: Path | None = None, emulator: tuple[str, ...] = ()
+    ) -> None:
+        self.folder, self.c_flags, self.toolchain, self.emulator = folder, c_flags, toolchain, emulator
         shutil.copytree(REPOSITORY / "kernels", folder / "kernels")
         shutil.copy(REPOSITORY / "CMakeLists.txt", folder)
 
@@ -105,12 +127,17 @@ class Workshop:
             path.write_text(source)
 
     def _run(self, target: str) -> subprocess.CompletedProcess[str]:
-        cmake_build(self.folder, self.folder / "build", target, self.c_flags)
+        cmake_build(self.folder, self.folder / "build", target, self.c_flags, toolchain=self.toolchain)
         if target == "kernels_check":
-            command = [self.folder / "build" / target]
+            command = [*self.emulator, self.folder / "build" / target]
         else:
             command = [sys.executable, PILLOW_CHECK, self.folder / "build" / "_kernels.abi3.so"]
         return subprocess.run(command, capture_output=True, text=True)
+
+
+def assert_found(done: subprocess.CompletedProcess[str]) -> None:
+    assert done.returncode == 1
+    assert "differs" in done.stdout or "selected wrongly" in done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +158,7 @@ def test_the_sources_as_they_are_pass(plain: Workshop, target: str) -> None:
 
 @named(CHECKED)
 def test_kernels_check_finds(plain: Workshop, mutant: Mutant) -> None:
-    done = plain.run("kernels_check", mutant)
-    assert done.returncode == 1
-    assert "differs" in done.stdout or "selected wrongly" in done.stdout
+    assert_found(plain.run("kernels_check", mutant))
 
 
 @named(DEFINITIONS)

@@ -23,6 +23,7 @@ import pytest
 from emulation import COMPUTERS, KERNELS_CHECK, REPOSITORY, Computer
 from numpy.typing import NDArray
 from PIL import Image
+from test_kernels_mutants import ARM64, Mutant, Workshop, assert_found, named
 from test_preprocess import PHOTOGRAPHS, SPECS
 
 from edgevlm.bundle import BUILTIN, open_bundle
@@ -153,6 +154,21 @@ def test_every_target_equals_scalar(computer: Computer) -> None:
     last = computer.run(KERNELS_CHECK).splitlines()[-1]
     assert int(last.split()[0]) >= len(targets(computer))  # and more, for CPUs with a part of this one's features
     assert last.endswith(": all equal")
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(
+        tmp_path_factory.mktemp("workshop"),
+        "-O1 -static",
+        toolchain=Path(__file__).with_name("toolchain.cmake"),
+        emulator=("qemu-aarch64-static", "-cpu", COMPUTERS[-1].name),
+    )
+
+
+@named(ARM64)
+def test_the_checker_finds(workshop: Workshop, mutant: Mutant) -> None:
+    assert_found(workshop.run("kernels_check", mutant))
 
 
 @on_each_computer
