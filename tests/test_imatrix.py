@@ -102,7 +102,9 @@ def test_every_matrix_is_quantized_with_its_own_importance(tmp_path, form, quant
         write_gguf(path, {name: values * np.float32(1024) for name, values in entries.items()}, counts=1024)
     else:
         path.write_bytes(legacy({name: values * np.float32(8) for name, values in entries.items()}, calls=8))
-    manifest = convert(folder, tmp_path / "out", decoder_quant=quant, encoder_quant="fp32", imatrix=path)
+    manifest = convert(
+        folder, tmp_path / "out", decoder_quant=quant, encoder_quant="fp32", imatrix=path, fidelity_tokens=0
+    )
     convert(folder, tmp_path / "exact", decoder_quant="f32", encoder_quant="fp32")
     exact, found = (tensors_of(tmp_path / name / "decoder.gguf") for name in ("exact", "out"))
     seen = 0
@@ -122,13 +124,15 @@ def test_every_matrix_is_quantized_with_its_own_importance(tmp_path, form, quant
 def test_q4_0_stays_pure_with_an_importance_matrix(tmp_path):
     folder, _ = tiny.shared(DEEP)
     path = write_gguf(tmp_path / "imatrix.gguf", importance(widths_of(DEEP)))
-    convert(folder, tmp_path / "out", decoder_quant="q4_0", encoder_quant="fp32", imatrix=path)
+    convert(folder, tmp_path / "out", decoder_quant="q4_0", encoder_quant="fp32", imatrix=path, fidelity_tokens=0)
     assert {tensor.type for tensor in tensors_of(tmp_path / "out" / "decoder.gguf").values()} == {"F32", "Q4_0"}
     # The twin: without `pure`, llama.cpp brings in Q4_1, which has no repacked kernel.
     recipe = converters.quant.RECIPES["q4_0"]
     object.__setattr__(recipe, "pure", False)
     try:
-        manifest = convert(folder, tmp_path / "mixed", decoder_quant="q4_0", encoder_quant="fp32", imatrix=path)
+        manifest = convert(
+            folder, tmp_path / "mixed", decoder_quant="q4_0", encoder_quant="fp32", imatrix=path, fidelity_tokens=0
+        )
     finally:
         object.__setattr__(recipe, "pure", True)
     assert manifest.fidelity["decoder"]["replaced"] == {
