@@ -81,22 +81,26 @@ static void planes_u8(const uint8_t *src, uint8_t *dst, size_t plane, size_t n_p
     }
 }
 
-static inline void plane_f32(const uint8_t *src, float *dst, size_t n_pixels, size_t pixel_bytes,
-                             const float *lut_256) {
+/* All planes at once; the compiler makes one copy for each constant pair of numbers. */
+static inline void looked_up(const uint8_t *src, float *dst, size_t plane, size_t n_pixels, size_t pixel_bytes,
+                             size_t n_planes, const float *lut_C256) {
     for (size_t i = 0; i < n_pixels; i++) {
-        dst[i] = lut_256[src[pixel_bytes * i]];
+        for (size_t c = 0; c < n_planes; c++) {
+            dst[c * plane + i] = lut_C256[c * 256 + src[pixel_bytes * i + c]];
+        }
     }
 }
 
 static void planes_f32(const uint8_t *src, float *dst, size_t plane, size_t n_pixels, int pixel_bytes, int n_planes,
                        const float *lut_C256) {
-    for (size_t c = 0; c < (size_t)n_planes; c++) {
-        const float *lut_256 = lut_C256 + c * 256;
-        switch (pixel_bytes) {
-        case 1: plane_f32(src + c, dst + c * plane, n_pixels, 1, lut_256); break;
-        case 3: plane_f32(src + c, dst + c * plane, n_pixels, 3, lut_256); break;
-        default: plane_f32(src + c, dst + c * plane, n_pixels, 4, lut_256); break;
-        }
+    if (pixel_bytes == 1) {
+        looked_up(src, dst, plane, n_pixels, 1, 1, lut_C256);
+    } else if (pixel_bytes == 3) {
+        looked_up(src, dst, plane, n_pixels, 3, 3, lut_C256);
+    } else if (n_planes == 3) {
+        looked_up(src, dst, plane, n_pixels, 4, 3, lut_C256);
+    } else {
+        looked_up(src, dst, plane, n_pixels, 4, 4, lut_C256);
     }
 }
 
