@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,8 @@ def convert(
     tell(f"reading {folder}")
     tower_folder = None if tower is None else Path(tower).absolute()
     model = _read(folder, name or folder.resolve().name, known_families, tower_folder, template)
+    if model.family.origin and model.family.origin.notice:
+        tell(model.family.origin.notice)
     planned = decoder.plan(
         model.mapped,
         decoder_quant,
@@ -131,7 +133,7 @@ def convert(
     arguments = {**planned.arguments, "encoder_quant": encoder_quant, **({"force": True} if force else {})}
     arguments |= {"template": template} if template else {}
     record = provenance(model.checkpoint, source=source or model.resolved.spec.name, arguments=arguments)
-    record |= planned.record()
+    record |= planned.record() | model.origin()
     if model.tower is not None:
         record["tower"] = {"source": model.tower.folder.resolve().name, "source_files": model.tower.hashes()}
     require_free(out, _bytes_needed(model.mapped, planned, encoder_quant))
@@ -163,6 +165,12 @@ class _Model:
     vocabulary: Vocabulary
     mapped: Mapped
     tower: Checkpoint | None
+    family: Family
+
+    def origin(self) -> dict[str, Any]:
+        """Whose model this is, for the record, in our words and not in the checkpoint's."""
+        known = self.family.origin
+        return {"origin": {key: text for key, text in asdict(known).items() if text}} if known else {}
 
     def check_unchanged(self) -> None:
         for opened in (self.checkpoint, self.tower):
@@ -183,7 +191,8 @@ def _read(
     family = families.find(_architectures(checkpoint), known_families, checkpoint.config)
     tower = _open_tower(family, checkpoint, tower_folder)
     tokens = read_tokens(checkpoint)
-    processor = (tower or checkpoint).image_processor() if family.vision else None
+    vision = family.vision
+    processor = (tower or checkpoint).image_processor(optional=bool(vision.slices)) if vision else None
     resolved = resolve(
         family, checkpoint.config, processor, tokens.texts, name=name, tower=tower.config if tower else None
     )
@@ -198,7 +207,7 @@ def _read(
     tensors = dict(checkpoint.tensors)
     if tower is not None:
         tensors |= {f"tower:{name}": tensor for name, tensor in tower.tensors.items()}
-    return _Model(checkpoint, resolved, vocabulary, map_tensors(family, resolved, tensors), tower)
+    return _Model(checkpoint, resolved, vocabulary, map_tensors(family, resolved, tensors), tower, family)
 
 
 def _open_tower(family: Family, checkpoint: Checkpoint, folder: Path | None) -> Checkpoint | None:
@@ -228,7 +237,10 @@ def _is_bundle(folder: Path) -> bool:
 
 
 def _architectures(opened: Checkpoint) -> list[str]:
-    found = opened.config.get("architectures")
+    """What config.json calls the model's class, in either of its two places."""
+    found, classes = opened.config.get("architectures"), opened.config.get("auto_map")
+    if found is None and isinstance(classes, dict):
+        found = [str(classes.get("AutoModelForCausalLM")).rpartition(".")[2]]
     return [str(name) for name in found] if isinstance(found, list) else []
 
 

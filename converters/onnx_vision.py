@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgevlm.converters.onnx_graph import Graph
+from edgevlm.converters.onnx_resampler import resampler, strip_table
 from edgevlm.converters.resolve import ResolvedVision
 from edgevlm.converters.transforms import quantize_columns
 from edgevlm.spec import Activation
@@ -44,6 +45,7 @@ class Build:
     tower: Weights
     connector: Weights
     quant: EncoderQuant
+    pixels_TCHW: Any
 
     def vector(self, name: str) -> Any:
         """A tower weight as it is."""
@@ -81,8 +83,11 @@ def build_encoder(path: Path, vision: ResolvedVision, tower: Weights, connector:
     spec, image = vision.encoder, vision.image
     graph = Graph("encoder", path.with_name(path.name + ".data"))
     try:
-        build = Build(graph=graph, vision=vision, tower=tower, connector=connector, quant=quant)
-        pixels_TCHW = graph.input("pixels_TCHW", ["T", 3, image.height_px, image.width_px])
+        size: list[int | str] = ["H", "W"] if image.policy == "slices" else [image.height_px, image.width_px]
+        pixels_TCHW = graph.input("pixels_TCHW", ["T", 3, *size])
+        build = Build(
+            graph=graph, vision=vision, tower=tower, connector=connector, quant=quant, pixels_TCHW=pixels_TCHW
+        )
         with graph.scope("tower"):
             states_TND = TOWERS[spec.tower](build, pixels_TCHW)
         with graph.scope("connector"):
@@ -102,6 +107,12 @@ def siglip(build: Build, pixels_TCHW: Any) -> Any:
     patches_TND = _patches(build, pixels_TCHW, bias=True)
     embedded = op.Add(patches_TND, graph.weight("position.weight", build.tower("position.weight")))
     return _blocks(build, embedded)
+
+
+def siglip_strip(build: Build, pixels_TCHW: Any) -> Any:
+    """SigLIP for pictures of any size, with the positions that MiniCPM-Llama3-V 2.5 gives their patches."""
+    patches_TND = _patches(build, pixels_TCHW, bias=True)
+    return _blocks(build, build.graph.op.Add(patches_TND, strip_table(build)))
 
 
 def clip(build: Build, pixels_TCHW: Any) -> Any:
@@ -241,9 +252,10 @@ def _int64(graph: Graph, name: str, numbers: list[int]) -> Any:
     return graph.weight(name, np.array(numbers, np.int64))
 
 
-TOWERS: dict[str, Callable[[Build, Any], Any]] = {"siglip": siglip, "clip": clip}
+TOWERS: dict[str, Callable[[Build, Any], Any]] = {"siglip": siglip, "siglip_strip": siglip_strip, "clip": clip}
 CONNECTORS: dict[str, Callable[[Build, Any], Any]] = {
     "mlp": mlp,
     "linear": linear,
     "pixel_shuffle": pixel_shuffle,
+    "resampler": resampler,
 }
