@@ -25,7 +25,7 @@ from edgevlm.converters.resolve import RESAMPLER_HEAD
 if TYPE_CHECKING:
     from edgevlm.converters.onnx_vision import Build
 
-_FLOAT, _INT64 = 1, 7  # TensorProto.DataType
+_FLOAT, _INT64, _DOUBLE = 1, 7, 11  # TensorProto.DataType
 _EPSILON = 1e-6  # of the resampler's norms
 _LONGEST_WAVE = 10000.0
 
@@ -50,9 +50,9 @@ def strip_positions(graph: Graph, n_patches: Any, side: int) -> Any:
     """
     op = graph.op
     boundaries_K = (np.arange(1, side, dtype=np.float64) / side).astype(np.float32)
-    count = op.Cast(n_patches, to=_FLOAT)
-    index_N = _count(graph, "patches", n_patches)
-    fraction_N = op.Mul(index_N, op.Div(graph.weight("one", np.ones(1, np.float32)), count))
+    # By way of float64, which rounds to the same: ONNX Runtime would make i / n of a float32 reciprocal and a product.
+    reciprocal = op.Div(graph.weight("one", np.ones(1, np.float64)), op.Cast(n_patches, to=_DOUBLE))
+    fraction_N = op.Mul(_count(graph, "patches", n_patches), op.Cast(reciprocal, to=_FLOAT))
     fraction_N = op.Min(fraction_N, graph.weight("below_one", np.array([1 - 1e-6], np.float32)))
     passed_NK = op.GreaterOrEqual(
         op.Unsqueeze(fraction_N, _int64(graph, "last", [1])), graph.weight("boundaries", boundaries_K)

@@ -107,23 +107,23 @@ class SlicePlan:
     """The sizes that a picture takes, in pixels, each from the picture itself.
 
     `whole_height` x `whole_width` is the whole picture. If `rows` is not 0, it is resized to `cut_height` x `cut_width`
-    as well, and that is cut into `rows` x `columns` slices.
+    as well, and that is cut into `rows` x `columns` slices of `slice_height` x `slice_width`.
     """
 
     whole_height: int
     whole_width: int
-    cut_height: int = 0
-    cut_width: int = 0
+    slice_height: int = 0
+    slice_width: int = 0
     rows: int = 0
     columns: int = 0
 
     @property
-    def slice_height(self) -> int:
-        return self.cut_height // self.rows
+    def cut_height(self) -> int:
+        return self.slice_height * self.rows
 
     @property
-    def slice_width(self) -> int:
-        return self.cut_width // self.columns
+    def cut_width(self) -> int:
+        return self.slice_width * self.columns
 
 
 def plan_slices(height: int, width: int, spec: ImageSpec) -> SlicePlan:
@@ -161,8 +161,8 @@ def plan_slices(height: int, width: int, spec: ImageSpec) -> SlicePlan:
     return SlicePlan(
         whole_height=whole_height,
         whole_width=whole_width,
-        cut_height=slice_height * rows,
-        cut_width=slice_width * columns,
+        slice_height=slice_height,
+        slice_width=slice_width,
         rows=rows,
         columns=columns,
     )
