@@ -120,8 +120,6 @@ def convert(
     tell(f"reading {folder}")
     tower_folder = None if tower is None else Path(tower).absolute()
     model = _read(folder, name or folder.resolve().name, known_families, tower_folder, template)
-    if model.family.origin and model.family.origin.notice:
-        tell(model.family.origin.notice)
     planned = decoder.plan(
         model.mapped,
         decoder_quant,
@@ -254,9 +252,12 @@ def _write_weights(
     building: Path, model: _Model, planned: DecoderPlan, encoder_quant: str, tell: Report
 ) -> dict[str, dict[str, Any]]:
     """Write the files of `_FILES` that the model has; returns what each part cost."""
+    origin = model.family.origin
+    if origin and origin.notice:
+        tell(origin.notice)
     tell(f"decoder to {planned.recipe.name}" + (f": {planned.reason}" if planned.reason else ""))
     resolved = model.resolved
-    general = general_keys(model.checkpoint, resolved.spec.name)
+    general = general_keys(model.checkpoint, resolved.spec.name, origin)
     cost = decoder.write(building / DECODER, planned, model.mapped, resolved, model.vocabulary, general, tell)
     if not resolved.vision:
         return {"decoder": cost}

@@ -20,6 +20,7 @@ from edgevlm.converters.verify import cosines, relative_error
 from edgevlm.describe import describe
 from edgevlm.encoder import Encoder
 from edgevlm.errors import CheckpointError
+from edgevlm.gguf import read_header
 from edgevlm.layout import Rows, image_layout
 
 #: config.json as published: MiniCPM-Llama3-V 2.5, and what Llama 3-V leaves out of it.
@@ -103,6 +104,8 @@ def test_llama3v_is_minicpm_and_says_so_whatever_its_files_claim(tmp_path):
     shown = describe(tmp_path / "alias").text()
     assert "openbmb/MiniCPM-Llama3-V-2_5" in shown
     assert "withdrew" in shown
+    assert "mit (the checkpoint's own claim)" in shown
+    assert origin["notice"] in read_header(tmp_path / "alias" / "decoder.gguf").metadata["general.description"]
     own = json.loads((tmp_path / "original" / "bundle.json").read_text())["provenance"]["origin"]
     assert own == {key: origin[key] for key in ("model", "repository")}
 
