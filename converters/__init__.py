@@ -237,8 +237,9 @@ def _is_bundle(folder: Path) -> bool:
 def _architectures(opened: Checkpoint) -> list[str]:
     """What config.json calls the model's class, in either of its two places."""
     found, classes = opened.config.get("architectures"), opened.config.get("auto_map")
-    if found is None and isinstance(classes, dict):
-        found = [str(classes.get("AutoModelForCausalLM")).rpartition(".")[2]]
+    named = classes.get("AutoModelForCausalLM") if isinstance(classes, dict) else None
+    if found is None and isinstance(named, str):
+        found = [named.rpartition(".")[2]]
     return [str(name) for name in found] if isinstance(found, list) else []
 
 

@@ -40,6 +40,11 @@ def _maybe_between(low: float, high: float) -> Any:
     return field(default=None, metadata={"range": (low, high)})
 
 
+def _rare(default: Any, low: float | None = None, high: float | None = None) -> Any:
+    """A field of a few models, written only where it differs from its default: other bundles stay as they are."""
+    return field(default=default, metadata={"rare": True, **({} if low is None else {"range": (low, high)})})
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageSpec:
     """How pixels become the encoder's input, in the reference processor's own order of operations.
@@ -57,8 +62,8 @@ class ImageSpec:
     mean: tuple[float, float, float] = _between(-1e9, 1e9)
     std: tuple[float, float, float] = _between(1e-9, 1e9)
     pad_rgb: tuple[int, int, int] | None = _maybe_between(0, 255)
-    multiple_px: int | None = _maybe_between(1, 256)
-    most_tiles: int | None = _maybe_between(1, 64)
+    multiple_px: int | None = _rare(None, 1, 256)
+    most_tiles: int | None = _rare(None, 1, 64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,10 +117,10 @@ class TileTexts:
     grid_end: str
     whole: str
     end: str
-    grid_start: str = ""
-    tile_end: str = ""
-    between_rows: str = ""
-    whole_first: bool = False
+    grid_start: str = _rare("")
+    tile_end: str = _rare("")
+    between_rows: str = _rare("")
+    whole_first: bool = _rare(False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +134,7 @@ class PromptSpec:
 
     image_token: str | None = None
     tile_texts: TileTexts | None = None
-    between_parts: str | None = None
+    between_parts: str | None = _rare(None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +150,19 @@ class ModelSpec:
 
 
 def to_json(spec: Any) -> dict[str, Any]:
-    """A spec as plain JSON types, keys in declaration order."""
-    return dataclasses.asdict(spec)
+    """A spec as plain JSON types, keys in declaration order, without rare fields that have their default."""
+    kept = (f for f in dataclasses.fields(spec) if not (f.metadata.get("rare") and getattr(spec, f.name) == f.default))
+    return {f.name: _plain(getattr(spec, f.name)) for f in kept}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_json(value)
+    if isinstance(value, tuple):
+        return tuple(_plain(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
 
 
 T = TypeVar("T")
