@@ -6,7 +6,8 @@ tokenizer.py    tokenizer files -> GGUF keys             gguf_decoder.py  the de
 decoder.py      what becomes of the decoder              imatrix.py, tensor_types.py   what steers its quantizer
 targets.py      which type suits a device                quant.py         llama.cpp's quantizer
 loadable.py     the decoder's file, as the runtime sees it
-onnx_vision.py  the encoder's graph (onnx_graph.py)      verify.py        what it cost (calibration.py)
+encoder.py      what becomes of the encoder              onnx_vision.py   its graph (onnx_graph.py, onnx_products.py)
+calibration.py  pictures to compare encoders on          smoothing.py     what int8 needs     verify.py  what it cost
 fidelity.py     what it cost the answers                 limits.py        and what is too much
 """
 
@@ -18,21 +19,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from edgevlm import families
 from edgevlm.bundle import FORMAT, MANIFEST_NAME, Manifest, Role, file_entry, read_manifest, write_manifest
-from edgevlm.converters import decoder, limits, quant, targets, verify
+from edgevlm.converters import decoder, encoder, limits, quant, targets
 from edgevlm.converters.checkpoint import Checkpoint, open_checkpoint, unchanged
 from edgevlm.converters.decoder import DecoderPlan
+from edgevlm.converters.encoder import EncoderPlan
 from edgevlm.converters.fidelity import TOKENS
-from edgevlm.converters.mapping import Mapped, Source, map_tensors
-from edgevlm.converters.onnx_vision import EncoderQuant, build_encoder
+from edgevlm.converters.mapping import Mapped, map_tensors
 from edgevlm.converters.provenance import general_keys, provenance
-from edgevlm.converters.resolve import Resolved, ResolvedVision, resolve
+from edgevlm.converters.resolve import Resolved, resolve
 from edgevlm.converters.tokenizer import Vocabulary, choose_template, read_tokens, read_vocabulary
-from edgevlm.converters.weights import as_float32
 from edgevlm.errors import CheckpointError, FidelityError, StorageError, UsageError
 from edgevlm.families.schema import Family
 from edgevlm.storage import commit_folder, require_free
@@ -45,7 +42,7 @@ _FILES: tuple[tuple[str, Role], ...] = (
 )
 DECODER_QUANTS = tuple(quant.RECIPES)
 DEVICES = targets.DEVICES
-ENCODER_QUANTS: tuple[EncoderQuant, ...] = ("int8", "fp32")
+ENCODER_QUANTS = encoder.ENCODER_QUANTS
 
 Report = Callable[[str], None]
 
@@ -59,6 +56,7 @@ def convert(
     device: str | None = None,
     decoder_types: Mapping[str, str] | None = None,
     imatrix: str | os.PathLike[str] | None = None,
+    calibration: str | os.PathLike[str] | None = None,
     name: str | None = None,
     tower: str | os.PathLike[str] | None = None,
     template: str | None = None,
@@ -83,6 +81,8 @@ def convert(
         decoder_types: For single matrices of the decoder another type: a regular expression that is searched in their
             GGUF names -> a type such as `q6_k`. Of several that match the first decides.
         imatrix: A file of `llama-imatrix` (either form) that was made from this model, to steer the quantizer.
+        calibration: A folder of pictures on which the encoder is compared, and `int8` is steered; built-in ones by
+            default.
         name: What the model is called; the checkpoint folder's name by default.
         tower: The folder of the vision tower, for a checkpoint whose tower lies in a repository of its own.
         template: The name of one of the family's chat templates, for a checkpoint that carries none.
@@ -99,7 +99,8 @@ def convert(
 
     Raises:
         UsageError: an unknown type, or options that contradict each other.
-        FileError: the checkpoint or the importance matrix does not exist.
+        FileError: the checkpoint, the importance matrix or a picture cannot be read.
+        ImageError: a calibration picture cannot be decoded.
         ImatrixError: the importance matrix is damaged or of another model.
         CheckpointError: the checkpoint cannot be converted.
         FidelityError: the error passes a limit, with the figures and a better choice.
@@ -113,13 +114,11 @@ def convert(
     """
     tell = report or (lambda line: None)
     decoder.check(decoder_quant, device)
-    if encoder_quant not in ENCODER_QUANTS:
-        raise UsageError(f"encoder_quant is {encoder_quant!r}, it must be one of {', '.join(ENCODER_QUANTS)}")
+    encoder.check(encoder_quant)
     folder, out = Path(checkpoint).absolute(), Path(out).absolute()
     _check_out(out, overwrite=overwrite)
     tell(f"reading {folder}")
-    tower_folder = None if tower is None else Path(tower).absolute()
-    model = _read(folder, name or folder.resolve().name, known_families, tower_folder, template)
+    model = _read(folder, name or folder.resolve().name, known_families, tower and Path(tower).absolute(), template)
     planned = decoder.plan(
         model.mapped,
         decoder_quant,
@@ -128,7 +127,8 @@ def convert(
         imatrix=imatrix,
         fidelity_tokens=fidelity_tokens,
     )
-    arguments = {**planned.arguments, "encoder_quant": encoder_quant, **({"force": True} if force else {})}
+    seeing = encoder.plan(model.resolved.spec.image, encoder_quant, calibration)
+    arguments = {**planned.arguments, **(seeing.arguments if seeing else {}), **({"force": True} if force else {})}
     arguments |= {"template": template} if template else {}
     record = provenance(model.checkpoint, source=source or model.resolved.spec.name, arguments=arguments)
     record |= planned.record() | model.origin()
@@ -136,7 +136,7 @@ def convert(
         record["tower"] = {"source": model.tower.folder.resolve().name, "source_files": model.tower.hashes()}
     require_free(out, _bytes_needed(model.mapped, planned, encoder_quant))
     with commit_folder(out, may_replace=_is_bundle if overwrite else None) as building:
-        fidelity = _write_weights(building, model, planned, encoder_quant, tell)
+        fidelity = _write_weights(building, model, planned, seeing, tell)
         beyond = limits.exceeded(fidelity, planned.recipe.name, encoder_quant)
         if beyond and not force:
             raise FidelityError(f"{'; '.join(beyond)}; or force it", code="fidelity.exceeded")
@@ -250,7 +250,7 @@ def _bytes_needed(mapped: Mapped, decoder: DecoderPlan, encoder_quant: str) -> i
 
 
 def _write_weights(
-    building: Path, model: _Model, planned: DecoderPlan, encoder_quant: str, tell: Report
+    building: Path, model: _Model, planned: DecoderPlan, seeing: EncoderPlan | None, tell: Report
 ) -> dict[str, dict[str, Any]]:
     """Write the files of `_FILES` that the model has; returns what each part cost."""
     origin = model.family.origin
@@ -260,39 +260,11 @@ def _write_weights(
     resolved = model.resolved
     general = general_keys(model.checkpoint, resolved.spec.name, origin)
     cost = decoder.write(building / DECODER, planned, model.mapped, resolved, model.vocabulary, general, tell)
-    if not resolved.vision:
+    if seeing is None or resolved.vision is None:
         return {"decoder": cost}
-    tell(f"encoder to {encoder_quant}")
-    return {"decoder": cost, "encoder": _convert_encoder(building, model, resolved.vision, encoder_quant)}
-
-
-def _convert_encoder(building: Path, model: _Model, vision: ResolvedVision, encoder_quant: str) -> dict[str, Any]:
-    """Write encoder.onnx and its data; the float32 graph is built as well when int8 has to be compared with it."""
-    tower, connector = Reader(model.mapped.tower), Reader(model.mapped.connector)
-    build_encoder(building / ENCODER, vision, tower, connector, encoder_quant)  # type: ignore[arg-type]
-    for reader in (tower, connector):
-        reader.check_all_used()
-    if encoder_quant == "fp32":
-        return {"against": "the checkpoint's weights", "relative_error": 0.0}
-    exact = building / "exact.onnx"
-    build_encoder(exact, vision, tower, connector, "fp32")
-    cost = verify.encoder_fidelity(building / ENCODER, exact, vision.image, vision.encoder)
-    exact.unlink()
-    exact.with_name("exact.onnx.data").unlink()
-    return cost
-
-
-class Reader:
-    """Weights by our own names, as float32; remembers which were asked for."""
-
-    def __init__(self, sources: Mapping[str, Source]) -> None:
-        self._sources = sources
-        self._unread = set(sources)
-
-    def __call__(self, name: str) -> NDArray[np.float32]:
-        self._unread.discard(name)
-        return as_float32(self._sources[name].tensor)
-
-    def check_all_used(self) -> None:
-        """A declared weight that no layer function reads is our bug: the graph would compute something else."""
-        assert not self._unread, f"weights without a place in the graph: {sorted(self._unread)}"
+    tell(f"encoder to {seeing.quant}")
+    mapped = model.mapped
+    return {
+        "decoder": cost,
+        "encoder": encoder.write(building / ENCODER, seeing, resolved.vision, mapped.tower, mapped.connector),
+    }

@@ -34,8 +34,8 @@ def grid_size(graph: Graph, pixels_TCHW: Any, patch_px: int) -> tuple[Any, Any]:
     """(rows, columns) of whole patches, int64 [1] each."""
     op = graph.op
     shape_4 = op.Shape(pixels_TCHW)
-    patch = _int64(graph, "patch_px", [patch_px])
-    rows, columns = (op.Slice(shape_4, _int64(graph, f"axis.{i}", [i]), _int64(graph, f"axis.{i}.end", [i + 1]))
+    patch = graph.integers("patch_px", [patch_px])
+    rows, columns = (op.Slice(shape_4, graph.integers(f"axis.{i}", [i]), graph.integers(f"axis.{i}.end", [i + 1]))
                      for i in (2, 3))  # fmt: skip
     return op.Div(rows, patch), op.Div(columns, patch)
 
@@ -55,9 +55,9 @@ def strip_positions(graph: Graph, n_patches: Any, side: int) -> Any:
     fraction_N = op.Mul(_count(graph, "patches", n_patches), op.Cast(reciprocal, to=_FLOAT))
     fraction_N = op.Min(fraction_N, graph.weight("below_one", np.array([1 - 1e-6], np.float32)))
     passed_NK = op.GreaterOrEqual(
-        op.Unsqueeze(fraction_N, _int64(graph, "last", [1])), graph.weight("boundaries", boundaries_K)
+        op.Unsqueeze(fraction_N, graph.integers("last", [1])), graph.weight("boundaries", boundaries_K)
     )
-    return op.ReduceSum(op.Cast(passed_NK, to=_INT64), _int64(graph, "summed", [1]), keepdims=0)
+    return op.ReduceSum(op.Cast(passed_NK, to=_INT64), graph.integers("summed", [1]), keepdims=0)
 
 
 def strip_table(build: Build) -> Any:
@@ -77,23 +77,23 @@ def resampler(build: Build, states_TND: Any) -> Any:
     q_weight, k_weight, v_weight = np.split(build.connector("qkv.weight"), 3)
     q_bias, k_bias, v_bias = np.split(build.connector("qkv.bias"), 3)
 
-    states = build.exact_product(states_TND, "kv.weight", build.connector("kv.weight").T)
+    states = build.products.exact(states_TND, "kv", build.connector("kv.weight").T)
     x_TND = _norm(build, states, "ln_kv")
-    k = build.exact_product(op.Add(x_TND, _grid_positions(build)), "k.weight", k_weight.T)
-    v = build.exact_product(x_TND, "v.weight", v_weight.T)
+    k = build.products.exact(op.Add(x_TND, _grid_positions(build)), "k", k_weight.T)
+    v = build.products.exact(x_TND, "v", v_weight.T)
 
     query_QD = build.connector("query").astype(np.float64)
     query_QD = _normed(query_QD, build.connector("ln_q.weight"), build.connector("ln_q.bias"))
     q_QD = (query_QD @ q_weight.T.astype(np.float64) + q_bias).astype(np.float32)
-    n_tiles = op.Slice(op.Shape(states_TND), _int64(graph, "tiles", [0]), _int64(graph, "tiles.end", [1]))
-    rest = _int64(graph, "queries.shape", [spec.n_tokens, width])
+    n_tiles = op.Slice(op.Shape(states_TND), graph.integers("tiles", [0]), graph.integers("tiles.end", [1]))
+    rest = graph.integers("queries.shape", [spec.n_tokens, width])
     q = op.Expand(graph.weight("queries", q_QD[None]), op.Concat(n_tiles, rest, axis=0))
     bias = graph.weight("kv.bias", np.concatenate([np.zeros(width, np.float32), k_bias, v_bias]))
     attended = op.MultiHeadAttention(q, k, v, bias, num_heads=width // RESAMPLER_HEAD)
 
-    out = build.exact_product(attended, "o.weight", build.connector("o.weight").T)
+    out = build.products.exact(attended, "o", build.connector("o.weight").T)
     out = op.Add(out, graph.weight("o.bias", build.connector("o.bias")))
-    return build.exact_product(_norm(build, out, "ln_post"), "proj", build.connector("proj"))
+    return build.products.exact(_norm(build, out, "ln_post"), "proj", build.connector("proj"))
 
 
 def _grid_positions(build: Build) -> Any:
@@ -109,7 +109,7 @@ def _grid_positions(build: Build) -> Any:
     with graph.scope("grid"):
         rows, columns = grid_size(graph, build.pixels_TCHW, build.vision.encoder.patch_px)
         waves = graph.weight("waves", waves_K.astype(np.float32))
-        last, half = _int64(graph, "last", [1]), _int64(graph, "half", [2 * quarter])
+        last, half = graph.integers("last", [1]), graph.integers("half", [2 * quarter])
 
         def along(name: str, count: Any) -> Any:
             angles_PK = op.Mul(op.Unsqueeze(_count(graph, name, count), last), waves)
@@ -119,13 +119,13 @@ def _grid_positions(build: Build) -> Any:
         column_RCH = op.Expand(along("column", columns), shape_3)
         row_RCH = op.Expand(op.Unsqueeze(along("row", rows), last), shape_3)
         both_RCD = op.Concat(column_RCH, row_RCH, axis=2)
-        return op.Reshape(both_RCD, _int64(graph, "flat", [-1, width]))
+        return op.Reshape(both_RCD, graph.integers("flat", [-1, width]))
 
 
 def _count(graph: Graph, name: str, count: Any) -> Any:
     """0, 1, ... below `count` (int64 [1]), as float32 [count]."""
     op = graph.op
-    first, step = (op.Squeeze(_int64(graph, f"{name}.{word}", [n])) for word, n in (("first", 0), ("step", 1)))
+    first, step = (op.Squeeze(graph.integers(f"{name}.{word}", [n])) for word, n in (("first", 0), ("step", 1)))
     return op.Cast(op.Range(first, op.Squeeze(count), step), to=_FLOAT)
 
 
@@ -141,7 +141,3 @@ def _normed(x_ND: NDArray[np.float64], weight: NDArray[np.float32], bias: NDArra
     variance_N1 = (centred_ND**2).mean(axis=-1, keepdims=True)
     normed_ND: NDArray[np.float64] = centred_ND / np.sqrt(variance_N1 + _EPSILON) * weight + bias
     return normed_ND
-
-
-def _int64(graph: Graph, name: str, numbers: list[int]) -> Any:
-    return graph.weight(name, np.array(numbers, np.int64))

@@ -9,6 +9,7 @@ import onnx
 import pytest
 import tiny
 import tiny_minicpm
+from PIL import Image
 from test_minicpm import VARIANTS, picture
 from tiny_minicpm import LLAMA3V, RELEASED, TOKENS, Variant
 
@@ -146,6 +147,23 @@ def test_int8_loses_little_and_spares_the_resampler(tmp_path):
             assert 0 < relative_error(wanted, found) < 0.05
         assert relative_error(wanted, np.roll(wanted, 1, axis=1)) > 0.05
     assert 0.99 <= manifest.fidelity["encoder"]["cosine_min"] < 1
+
+
+@pytest.mark.parametrize("quant", ["fp16", "int8", "int4"])
+def test_calibration_pictures_of_any_shape_are_taken(tmp_path, quant):
+    folder, _, _ = tiny_minicpm.shared(VARIANTS["later revision"])
+    (tmp_path / "pictures").mkdir()
+    for size in ("landscape", "portrait", "large"):
+        Image.fromarray(picture(size)).save(tmp_path / "pictures" / f"{size}.png")
+    manifest = convert(
+        folder, tmp_path / "out", encoder_quant=quant, calibration=tmp_path / "pictures", force=quant == "int4"
+    )
+    assert set(manifest.provenance["arguments"]["calibration"]["files"]) == {
+        "landscape.png", "portrait.png", "large.png",
+    }  # fmt: skip
+    cost = manifest.fidelity["encoder"]
+    assert cost["pictures"] == "3 pictures of pictures"
+    assert 0 < cost["relative_error"] < (0.3 if quant == "int4" else 0.05)
 
 
 def test_slices_of_one_size_do_not_influence_each_other(tmp_path):
