@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,7 @@ def convert(
     arguments = {**planned.arguments, **(seeing.arguments if seeing else {}), **({"force": True} if force else {})}
     arguments |= {"template": template} if template else {}
     record = provenance(model.checkpoint, source=source or model.resolved.spec.name, arguments=arguments)
-    record |= planned.record()
+    record |= planned.record() | model.origin()
     if model.tower is not None:
         record["tower"] = {"source": model.tower.folder.resolve().name, "source_files": model.tower.hashes()}
     require_free(out, _bytes_needed(model.mapped, planned, encoder_quant))
@@ -163,6 +163,12 @@ class _Model:
     vocabulary: Vocabulary
     mapped: Mapped
     tower: Checkpoint | None
+    family: Family
+
+    def origin(self) -> dict[str, Any]:
+        """Whose model this is, for the record, in our words and not in the checkpoint's."""
+        known = self.family.origin
+        return {"origin": {key: text for key, text in asdict(known).items() if text}} if known else {}
 
     def check_unchanged(self) -> None:
         for opened in (self.checkpoint, self.tower):
@@ -183,7 +189,8 @@ def _read(
     family = families.find(_architectures(checkpoint), known_families, checkpoint.config)
     tower = _open_tower(family, checkpoint, tower_folder)
     tokens = read_tokens(checkpoint)
-    processor = (tower or checkpoint).image_processor() if family.vision else None
+    vision = family.vision
+    processor = (tower or checkpoint).image_processor(optional=bool(vision.slices)) if vision else None
     resolved = resolve(
         family, checkpoint.config, processor, tokens.texts, name=name, tower=tower.config if tower else None
     )
@@ -198,7 +205,7 @@ def _read(
     tensors = dict(checkpoint.tensors)
     if tower is not None:
         tensors |= {f"tower:{name}": tensor for name, tensor in tower.tensors.items()}
-    return _Model(checkpoint, resolved, vocabulary, map_tensors(family, resolved, tensors), tower)
+    return _Model(checkpoint, resolved, vocabulary, map_tensors(family, resolved, tensors), tower, family)
 
 
 def _open_tower(family: Family, checkpoint: Checkpoint, folder: Path | None) -> Checkpoint | None:
@@ -228,7 +235,11 @@ def _is_bundle(folder: Path) -> bool:
 
 
 def _architectures(opened: Checkpoint) -> list[str]:
-    found = opened.config.get("architectures")
+    """What config.json calls the model's class, in either of its two places."""
+    found, classes = opened.config.get("architectures"), opened.config.get("auto_map")
+    named = classes.get("AutoModelForCausalLM") if isinstance(classes, dict) else None
+    if found is None and isinstance(named, str):
+        found = [named.rpartition(".")[2]]
     return [str(name) for name in found] if isinstance(found, list) else []
 
 
@@ -242,9 +253,12 @@ def _write_weights(
     building: Path, model: _Model, planned: DecoderPlan, seeing: EncoderPlan | None, tell: Report
 ) -> dict[str, dict[str, Any]]:
     """Write the files of `_FILES` that the model has; returns what each part cost."""
+    origin = model.family.origin
+    if origin and origin.notice:
+        tell(origin.notice)
     tell(f"decoder to {planned.recipe.name}" + (f": {planned.reason}" if planned.reason else ""))
     resolved = model.resolved
-    general = general_keys(model.checkpoint, resolved.spec.name)
+    general = general_keys(model.checkpoint, resolved.spec.name, origin)
     cost = decoder.write(building / DECODER, planned, model.mapped, resolved, model.vocabulary, general, tell)
     if seeing is None or resolved.vision is None:
         return {"decoder": cost}

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from edgevlm.errors import FileError, UsageError
 from edgevlm.image import load_image
-from edgevlm.preprocess import preprocess
+from edgevlm.preprocess import preprocess_batches
 from edgevlm.spec import ImageSpec
 
 #: As many as are decoded at once; more would change little.
@@ -73,12 +73,12 @@ class Pictures:
     """What encoders are compared on.
 
     Attributes:
-        tiles_TCHW: float32, the encoder's input.
+        tiles_TCHW: float32 [3, H, W] each, the encoder's input; of one size, unless it takes any.
         name: What they are, in words.
         record: For `provenance`.
     """
 
-    tiles_TCHW: NDArray[np.float32]
+    tiles_TCHW: Sequence[NDArray[np.float32]] | NDArray[np.float32]
     name: str
     record: Mapping[str, Any]
 
@@ -115,12 +115,12 @@ def find_pictures(folder: Path) -> list[Path]:
 def of_files(paths: Sequence[Path], image: ImageSpec) -> Pictures:
     """A user's pictures, prepared as the runtime prepares them.
 
-    Of a picture that is cut into tiles one is taken, the last: that of the whole picture.
+    Of a picture that is cut into tiles or slices one is taken: that of the whole picture.
 
     Raises:
         FileError, ImageError: one of them cannot be read.
     """
-    tiles = [preprocess(load_image(path), image)[-1] for path in paths]
+    tiles = [preprocess_batches(load_image(path), image)[0][-1] for path in paths]
     record = {"files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}}
     count = f"{len(paths)} pictures" if len(paths) > 1 else "one picture"
-    return Pictures(tiles_TCHW=np.stack(tiles), name=f"{count} of {paths[0].absolute().parent.name}", record=record)
+    return Pictures(tiles_TCHW=tiles, name=f"{count} of {paths[0].absolute().parent.name}", record=record)

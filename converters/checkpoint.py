@@ -64,11 +64,13 @@ class Checkpoint:
         """The bytes of a small file of the folder, or None if there is no such file."""
         return _read(self.folder, name, _BINARY_LIMIT_BYTES)
 
-    def image_processor(self) -> dict[str, Any]:
-        """The image processor's settings, in either of transformers' two places."""
+    def image_processor(self, *, optional: bool = False) -> dict[str, Any]:
+        """The image processor's settings, in either of transformers' places; empty if there need be none."""
         plain = self.json("preprocessor_config.json")
         joint = self.json("processor_config.json") or {}
         found = plain if plain is not None else joint.get("image_processor")
+        if found is None and optional:
+            return {}
         if not isinstance(found, dict):
             raise CheckpointError(
                 f"{self.folder} has neither preprocessor_config.json nor processor_config.json with an "

@@ -123,8 +123,8 @@ def write(
 def _run(path: Path, vision: ResolvedVision, pictures: Pictures) -> Iterator[dict[str, NDArray[np.float32]]]:
     """All outputs of a graph, picture by picture, as the runtime encodes."""
     encoder = Encoder(path, vision.encoder, threads=1)
-    for i in range(len(pictures.tiles_TCHW)):
-        yield encoder.outputs(pictures.tiles_TCHW[i : i + 1])
+    for tile_CHW in pictures.tiles_TCHW:
+        yield encoder.outputs(tile_CHW[None])
 
 
 def _best_int8(

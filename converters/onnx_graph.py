@@ -90,7 +90,7 @@ class Graph:
 
         Args:
             name: Unique within the scope.
-            array: float32, float16, int8, uint8 or int64.
+            array: float32, float64, float16, int8, uint8 or int64.
         """
         array = np.ascontiguousarray(array)
         full_name = self._claim(self.full_name(name))

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from edgevlm.converters.onnx_graph import Graph
 from edgevlm.converters.onnx_products import EncoderQuant, Products, Sample, Treatment
+from edgevlm.converters.onnx_resampler import resampler, strip_table
 from edgevlm.converters.resolve import ResolvedVision
 from edgevlm.spec import Activation
 
@@ -46,6 +47,7 @@ class Build:
     tower: Weights
     connector: Weights
     products: Products
+    pixels_TCHW: Any
 
     def vector(self, name: str) -> Any:
         """A tower weight as it is."""
@@ -79,10 +81,13 @@ def build_encoder(
     graph = Graph("encoder", path.with_name(path.name + ".data"))
     try:
         products = Products(
-            graph=graph, quant=quant, treatments=treatments or {}, probes=probes, positions=vision.positions
+            graph=graph, quant=quant, treatments=treatments or {}, probes=probes, positions=_usual_tokens(vision)
         )
-        build = Build(graph=graph, vision=vision, tower=tower, connector=connector, products=products)
-        pixels_TCHW = graph.input("pixels_TCHW", ["T", 3, image.height_px, image.width_px])
+        size: list[int | str] = ["H", "W"] if image.policy == "slices" else [image.height_px, image.width_px]
+        pixels_TCHW = graph.input("pixels_TCHW", ["T", 3, *size])
+        build = Build(
+            graph=graph, vision=vision, tower=tower, connector=connector, products=products, pixels_TCHW=pixels_TCHW
+        )
         with graph.scope("tower"):
             states_TND = TOWERS[spec.tower](build, pixels_TCHW)
         with graph.scope("connector"):
@@ -91,6 +96,14 @@ def build_encoder(
         graph.save(path)
     finally:
         graph.close()
+
+
+def _usual_tokens(vision: ResolvedVision) -> int:
+    """Tokens inside the tower of a picture, or of a usual one where their number depends on it."""
+    if vision.image.policy != "slices":
+        return vision.positions
+    patch_px = vision.encoder.patch_px
+    return (vision.image.height_px // patch_px) * (vision.image.width_px // patch_px)
 
 
 # towers
@@ -102,6 +115,12 @@ def siglip(build: Build, pixels_TCHW: Any) -> Any:
     patches_TND = _patches(build, pixels_TCHW, bias=True)
     embedded = op.Add(patches_TND, graph.weight("position.weight", build.tower("position.weight")))
     return _blocks(build, embedded)
+
+
+def siglip_strip(build: Build, pixels_TCHW: Any) -> Any:
+    """SigLIP for pictures of any size, with the positions that MiniCPM-Llama3-V 2.5 gives their patches."""
+    patches_TND = _patches(build, pixels_TCHW, bias=True)
+    return _blocks(build, build.graph.op.Add(patches_TND, strip_table(build)))
 
 
 def clip(build: Build, pixels_TCHW: Any) -> Any:
@@ -242,9 +261,10 @@ def pixel_shuffle(build: Build, states_TND: Any) -> Any:
     return build.products.exact(features, "fc1", build.connector("fc1.weight").T)
 
 
-TOWERS: dict[str, Callable[[Build, Any], Any]] = {"siglip": siglip, "clip": clip}
+TOWERS: dict[str, Callable[[Build, Any], Any]] = {"siglip": siglip, "siglip_strip": siglip_strip, "clip": clip}
 CONNECTORS: dict[str, Callable[[Build, Any], Any]] = {
     "mlp": mlp,
     "linear": linear,
     "pixel_shuffle": pixel_shuffle,
+    "resampler": resampler,
 }

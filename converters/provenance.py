@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from edgevlm.converters.checkpoint import Checkpoint
+from edgevlm.families.schema import Origin
 
 #: Keys of a model card's front matter that we carry along.
 _CARD_KEYS = ("license", "license_name", "license_link", "base_model")
@@ -24,10 +25,12 @@ def provenance(checkpoint: Checkpoint, *, source: str, arguments: dict[str, Any]
     }
 
 
-def general_keys(checkpoint: Checkpoint, name: str) -> dict[str, str]:
-    """`general.*` keys of the GGUF file."""
+def general_keys(checkpoint: Checkpoint, name: str, origin: Origin | None) -> dict[str, str]:
+    """`general.*` keys of the GGUF file; whose model it is goes where the file goes."""
     card = _model_card(checkpoint)
     keys = {"general.name": name}
+    if origin:
+        keys["general.description"] = "; ".join(filter(None, (f"{origin.model}, {origin.repository}", origin.notice)))
     for ours, theirs in (("license", "license"), ("license.name", "license_name"), ("license.link", "license_link")):
         if theirs in card:
             keys[f"general.{ours}"] = card[theirs]

@@ -13,6 +13,7 @@ from typing import Any
 
 from edgevlm import spec as specs
 from edgevlm.converters.resolve_image import resolve_image, square
+from edgevlm.converters.resolve_slices import resolve_slices
 from edgevlm.converters.sections import LARGEST_NUMBER, Section, invalid, unsupported
 from edgevlm.errors import BundleError
 from edgevlm.families.schema import Family, Tower, Vision
@@ -20,6 +21,7 @@ from edgevlm.spec import DecoderSpec, EncoderSpec, ImageSpec, ModelSpec, PromptS
 
 _STRATEGIES = {"default": "default", "full": "full", "patch": "default", "cls_patch": "full"}
 IMAGE_LITERAL = "<image>"  # what templates print where no token stands for a picture
+RESAMPLER_HEAD = 128  # channels of a resampler's attention head; no file says so
 _MOST_LAYERS = 512  # llama.cpp's LLAMA_MAX_LAYERS; it aborts beyond
 
 
@@ -120,7 +122,11 @@ def resolve(
         image=vision.image if vision else None,
         encoder=vision.encoder if vision else None,
         decoder=decoder,
-        prompt=PromptSpec(image_token=image_token, tile_texts=tile_texts),
+        prompt=PromptSpec(
+            image_token=image_token,
+            tile_texts=tile_texts,
+            between_parts=family.vision.between_parts if family.vision else None,
+        ),
     )
     _check_ranges(spec)
     llama = _resolve_llama(top, text)
@@ -183,6 +189,8 @@ def _vision_sizes(vision: ResolvedVision) -> dict[str, int]:
         "patch": encoder.patch_px,
         "positions": vision.positions,
         "features": encoder.hidden * encoder.scale_factor**2,
+        "queries": encoder.n_tokens,
+        "n_embd_x3": 3 * encoder.n_embd,
         "post_norm": int(encoder.post_norm),
         "connector_bias": int(vision.connector_bias),
     }
@@ -213,9 +221,8 @@ def _resolve_vision(
     cut_first = _strategy(declared, top) == "default"
     if "mm_hidden_size" in family.keys.read and top.get("mm_hidden_size") not in (None, section.size("hidden_size")):
         raise invalid(f"mm_hidden_size is {top.get('mm_hidden_size')!r}, the tower has {section.size('hidden_size')}")
-    image = resolve_image(declared.processors, processor, side_px=section.size("image_size"))
     return ResolvedVision(
-        image=square(image, top, declared.aspect) if declared.aspect else image,
+        image=_resolve_image(declared, top, processor, section),
         encoder=_resolve_encoder(family, declared, tower, top, section, n_tokens=positions - cut_first, n_embd=n_embd),
         tower=tower,
         cut_first=cut_first,
@@ -223,6 +230,13 @@ def _resolve_vision(
         tower_layers=section.size("num_hidden_layers", _MOST_LAYERS),
         positions=positions,
     )
+
+
+def _resolve_image(declared: Vision, top: Section, processor: Mapping[str, Any], tower: Section) -> ImageSpec:
+    if declared.slices:
+        return resolve_slices(declared, top, processor, patch_px=tower.size("patch_size"))
+    image = resolve_image(declared.processors, processor, side_px=tower.size("image_size"))
+    return square(image, top, declared.aspect) if declared.aspect else image
 
 
 def _find_tower(family: Family, declared: Vision, data: Any) -> Tower:
@@ -245,6 +259,8 @@ def _resolve_encoder(
     if grid % factor:
         raise invalid(f"config.json: scale_factor {factor} does not divide the tower's grid of {grid}x{grid} patches")
     n_tokens //= factor**2
+    if declared.connector.kind == "resampler":
+        n_tokens = _queries(top, n_embd)
     said = top.get("image_seq_length") if "image_seq_length" in family.keys.read else None
     if said is not None and (type(said), said) != (int, n_tokens):
         raise invalid(f"config.json says image_seq_length {said!r}, the tower gives {n_tokens} positions")
@@ -265,6 +281,13 @@ def _resolve_encoder(
         n_embd=n_embd,
         scale_factor=factor,
     )
+
+
+def _queries(top: Section, n_embd: int) -> int:
+    """Embeddings that a resampler makes of a picture of any size."""
+    if n_embd % RESAMPLER_HEAD:
+        raise unsupported(f"the resampler has heads of {RESAMPLER_HEAD}, which do not divide the width {n_embd}")
+    return top.size("query_num")
 
 
 def _selected_layers(declared: Vision, top: Section, layers: int) -> int:
@@ -295,6 +318,9 @@ def _connector_bias(declared: Vision, top: Section) -> bool:
 
 
 def _image_token(declared: Vision, top: Section, tokens: Mapping[int, str]) -> str:
+    missing = set(declared.control_tokens) - set(tokens.values())
+    if missing:
+        raise invalid(f"the tokenizer lacks {', '.join(sorted(missing))}, which stands around every picture")
     if not declared.image_token:
         return IMAGE_LITERAL
     ids = [top.token_id(key) for key in declared.image_token]
@@ -303,9 +329,6 @@ def _image_token(declared: Vision, top: Section, tokens: Mapping[int, str]) -> s
         raise invalid(f"config.json names no image token; it needs one of {', '.join(declared.image_token)}")
     if found not in tokens:
         raise invalid(f"config.json says the image token has id {found}, which the tokenizer does not have")
-    missing = set(declared.control_tokens) - set(tokens.values())
-    if missing:
-        raise invalid(f"the tokenizer lacks {', '.join(sorted(missing))}, which stands around every picture")
     return tokens[found]
 
 

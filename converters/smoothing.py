@@ -7,7 +7,7 @@ smoothed if that takes a tenth of its error away, and stays in float32 if nothin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,9 +30,12 @@ SMOOTHABLE = ("qkv", "o", "fc1")
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """A product's input on some pictures: `rows_PRK`, and the smallest and largest value of each channel."""
+    """A product's input on some pictures: `rows_PRK`, and the smallest and largest value of each channel.
 
-    rows_PRK: NDArray[np.float32]
+    Pictures of different sizes may have different numbers of rows.
+    """
+
+    rows_PRK: Sequence[NDArray[np.float32]] | NDArray[np.float32]
     low_PK: NDArray[np.float32]
     high_PK: NDArray[np.float32]
 
@@ -55,7 +58,7 @@ def observe(runs: Iterable[Mapping[str, NDArray[np.float32]]], names: Iterable[s
     outputs = list(runs)
     return {
         name: Observation(
-            rows_PRK=np.concatenate([run[f"{name}.rows"] for run in outputs]),
+            rows_PRK=[rows_RK for run in outputs for rows_RK in run[f"{name}.rows"]],
             low_PK=np.stack([run[f"{name}.low"] for run in outputs]),
             high_PK=np.stack([run[f"{name}.high"] for run in outputs]),
         )

@@ -140,8 +140,12 @@ def fidelity_rows(fidelity: dict[str, Any]) -> Rows:
 
 def _provenance_rows(provenance: dict[str, Any]) -> Rows:
     card, tools = _object(provenance.get("model_card")), _object(provenance.get("tools"))
-    rows = [("licence", str(card.get("license", "not stated by the checkpoint")))]
+    origin = _object(provenance.get("origin"))
+    claimed = " (the checkpoint's own claim)" if origin and "license" in card else ""
+    rows = [("licence", str(card.get("license", "not stated by the checkpoint")) + claimed)]
     rows += [("based on", str(card["base_model"]))] if "base_model" in card else []
+    rows += [("model", f"{origin.get('model')} ({origin.get('repository')})")] if origin else []
+    rows += [("model", str(origin["notice"]))] if "notice" in origin else []
     rows += [("source", str(provenance.get("source", "unknown")))]
     imatrix = _object(provenance.get("imatrix"))
     if "name" in imatrix:

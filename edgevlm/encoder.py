@@ -39,7 +39,7 @@ class Encoder:
         """Encode tiles.
 
         Args:
-            tiles_TCHW: float32 [T, 3, height_px, width_px], normalised.
+            tiles_TCHW: float32 [T, 3, height_px, width_px], normalised; of any size for `siglip_strip`.
 
         Returns:
             `embeds_TND`, float32 [T, n_tokens, n_embd]: what the decoder is fed.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edgevlm.spec import ModelSpec, TileTexts
-from edgevlm.tiling import TilePlan, plan_tiles
+from edgevlm.tiling import grid_of
 
 
 @dataclass(frozen=True)
@@ -32,25 +32,32 @@ def image_layout(height: int, width: int, spec: ModelSpec) -> ImageLayout:
     """
     assert spec.encoder is not None
     assert spec.image is not None
+    rows, columns = grid_of(height, width, spec.image)
     n_tokens, texts = spec.encoder.n_tokens, spec.prompt.tile_texts
-    plan = plan_tiles(height, width, spec.image) if spec.image.policy == "tiles" else None
     if texts is None:
-        return (Rows(n_tokens * (plan.n_tiles if plan else 1)),)
-    before, grid = _grid(plan, n_tokens, texts) if plan and plan.rows else ("", ())
-    return tuple(part for part in (*grid, before + texts.whole, Rows(n_tokens), texts.end) if part)
+        return (Rows(n_tokens * (rows * columns + 1)),)
+    grid = _grid(rows, columns, n_tokens, texts) if rows else []
+    whole: list[str | Rows] = [texts.whole, Rows(n_tokens), texts.end]
+    return _joined(whole + grid if texts.whole_first else grid + whole)
 
 
-def _grid(plan: TilePlan, n_tokens: int, texts: TileTexts) -> tuple[str, ImageLayout]:
-    """The tiles of a picture that was cut, and the text behind the last of them.
-
-    Neighbouring texts are joined: tokenized apart, the newlines between them would not become one token.
-    """
-    parts: list[str | Rows] = []
-    before = ""
-    for row in range(1, plan.rows + 1):
-        for column in range(1, plan.columns + 1):
+def _grid(rows: int, columns: int, n_tokens: int, texts: TileTexts) -> list[str | Rows]:
+    """The tiles of a picture that was cut, and all texts around them."""
+    parts: list[str | Rows] = [texts.grid_start]
+    for row in range(1, rows + 1):
+        for column in range(1, columns + 1):
             tile = texts.tile.replace("{row}", str(row)).replace("{column}", str(column))
-            parts += [before + tile, Rows(n_tokens)]
-            before = ""
-        before = texts.row_end
-    return before + texts.grid_end, tuple(parts)
+            parts += [tile, Rows(n_tokens), texts.tile_end]
+        parts += [texts.row_end, texts.between_rows if row < rows else ""]
+    return [*parts, texts.grid_end]
+
+
+def _joined(parts: list[str | Rows]) -> ImageLayout:
+    """Neighbouring texts as one: tokenized apart, the newlines between two of them would not become one token."""
+    joined: list[str | Rows] = []
+    for part in parts:
+        if isinstance(part, str) and joined and isinstance(joined[-1], str):
+            joined[-1] += part
+        else:
+            joined.append(part)
+    return tuple(part for part in joined if part)

@@ -20,8 +20,8 @@ from edgevlm.image import load_image
 from edgevlm.layout import ImageLayout, image_layout
 from edgevlm.machine import check_threads, peak_rss_bytes
 from edgevlm.options import GenerateOptions
-from edgevlm.preprocess import preprocess
-from edgevlm.spec import ImageSpec
+from edgevlm.preprocess import preprocess_batches
+from edgevlm.spec import ImageSpec, PromptSpec
 from edgevlm.splice import Plan, PlannedImage, plan, splice
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Model:
         self.load_s = 0.0
         self._decoder = decoder
         self._encoder = encoder
-        self._format = _prompt_format(name, decoder, self.spec.prompt.image_token if self.spec else None)
+        self._format = _prompt_format(name, decoder, self.spec.prompt if self.spec else PromptSpec())
 
     def __enter__(self) -> Self:
         return self
@@ -116,10 +116,15 @@ class Model:
             raise UsageError(str(error).replace("GenerateOptions.__init__()", "ask()")) from None
         return Stream(self._run(prompt, images, system, checked))
 
-    def preprocess(self, image: ImageSource) -> NDArray[np.float32]:
-        """The tensor that the encoder would be fed: float32 [T, 3, height_px, width_px]."""
-        self._vision()
-        return self._pixels(self._picture(image, Timings()), Timings())
+    def preprocess(self, image: ImageSource) -> NDArray[np.float32] | list[NDArray[np.float32]]:
+        """The tensor that the encoder would be fed: float32 [T, 3, height_px, width_px].
+
+        For a model that cuts pictures into slices of their own shape (`spec.image.policy` is `slices`) a list: the
+        whole picture, and the slices if there are any, float32 [T, 3, H, W] each.
+        """
+        spec, _ = self._vision()
+        batches = self._pixels(self._picture(image, Timings()), Timings())
+        return batches if spec.policy == "slices" else batches[0]
 
     def embed_image(self, image: ImageSource) -> NDArray[np.float32]:
         """What the decoder would be fed for a picture: float32 [n_tokens, n_embd]."""
@@ -182,16 +187,18 @@ class Model:
         assert self.spec is not None
         return image_layout(image_HWC.shape[0], image_HWC.shape[1], self.spec)
 
-    def _pixels(self, image_HWC: NDArray[np.uint8], timings: Timings) -> NDArray[np.float32]:
+    def _pixels(self, image_HWC: NDArray[np.uint8], timings: Timings) -> list[NDArray[np.float32]]:
         spec, _ = self._vision()
         with timings.measure("preprocess_s"):
-            return preprocess(image_HWC, spec)
+            return preprocess_batches(image_HWC, spec)
 
     def _embed(self, image_HWC: NDArray[np.uint8], timings: Timings) -> NDArray[np.float32]:
+        import numpy as np
+
         _, encoder = self._vision()
-        tiles_TCHW = self._pixels(image_HWC, timings)
+        batches = self._pixels(image_HWC, timings)
         with timings.measure("encode_s"):
-            embeds_TND = encoder.encode_each(tiles_TCHW)
+            embeds_TND = np.concatenate([encoder.encode_each(tiles_TCHW) for tiles_TCHW in batches])
         return embeds_TND.reshape(-1, embeds_TND.shape[-1])
 
     def _vision(self) -> tuple[ImageSpec, Encoder]:
@@ -259,7 +266,7 @@ def _check_pair(path: Path, bundle: Bundle, decoder: Decoder) -> None:
         )
 
 
-def _prompt_format(name: str, decoder: Decoder, image_token: str | None) -> prompts.PromptFormat:
+def _prompt_format(name: str, decoder: Decoder, literals: PromptSpec) -> prompts.PromptFormat:
     template = decoder.header.chat_template
     if template is None:
         raise CapabilityError(
@@ -271,5 +278,6 @@ def _prompt_format(name: str, decoder: Decoder, image_token: str | None) -> prom
         bos=decoder.header.token("bos"),
         eos=decoder.header.token("eos"),
         control_tokens=decoder.control_tokens,
-        image_token=image_token,
+        image_token=literals.image_token,
+        between_parts=literals.between_parts,
     )

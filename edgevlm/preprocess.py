@@ -1,8 +1,8 @@
 """From a picture to the encoder's input: a plan of pure numbers, then one kernel call (a few for tiles).
 
 Bit-equal with the PIL back end of the reference processors (transformers 5.23: `SiglipImageProcessorPil`,
-`CLIPImageProcessorPil`, `LlavaImageProcessorPil`, `SmolVLMImageProcessorPil`, `Idefics3ImageProcessorPil`), whose
-resize is Pillow's. Nothing in here decodes files.
+`CLIPImageProcessorPil`, `LlavaImageProcessorPil`, `SmolVLMImageProcessorPil`, `Idefics3ImageProcessorPil`) and with
+MiniCPM-V's own code, whose resize is Pillow's. Nothing in here decodes files.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from edgevlm import kernels
 from edgevlm.errors import BundleError, ImageError
-from edgevlm.tiling import plan_tiles
+from edgevlm.tiling import plan_slices, plan_tiles
 
 if TYPE_CHECKING:
     import numpy as np
@@ -88,7 +88,7 @@ def plan_image(height: int, width: int, spec: ImageSpec) -> ImagePlan:
 
 
 def preprocess(image_HWC: NDArray[np.uint8], spec: ImageSpec) -> NDArray[np.float32]:
-    """Make the encoder's input.
+    """Make the encoder's input, for the policies whose tiles have one size; `preprocess_batches` is for all.
 
     Args:
         image_HWC: uint8 RGB, (H, W, 3), as `edgevlm.image.load_image` returns it.
@@ -102,11 +102,7 @@ def preprocess(image_HWC: NDArray[np.uint8], spec: ImageSpec) -> NDArray[np.floa
         ImageError: `image.array`, `image_HWC` is not a uint8 RGB array.
         BundleError: `bundle.invalid`, the spec lacks a number that its policy needs.
     """
-    import numpy as np
-
-    if not isinstance(image_HWC, np.ndarray) or image_HWC.ndim != 3 or image_HWC.shape[2] != 3:
-        found = getattr(image_HWC, "shape", type(image_HWC).__name__)
-        raise ImageError(f"preprocess needs a uint8 array (H, W, 3), found {found}", code="image.array")
+    _check_array(image_HWC)
     if spec.policy in ("tiles", "longest_stretch"):
         return _preprocess_twice(image_HWC, spec)
     height, width, _ = image_HWC.shape
@@ -125,6 +121,43 @@ def preprocess(image_HWC: NDArray[np.uint8], spec: ImageSpec) -> NDArray[np.floa
         lut_C256=_lookup_table(spec.rescale, spec.mean, spec.std),
     )
     return tiles_TCHW
+
+
+def preprocess_batches(image_HWC: NDArray[np.uint8], spec: ImageSpec) -> list[NDArray[np.float32]]:
+    """Make the encoder's input under any policy: one array for each size of tiles, in the order of their embeddings.
+
+    Args:
+        image_HWC, spec: As for `preprocess`.
+
+    Returns:
+        float32 (T, 3, H, W) each, C-contiguous. Under the policy `slices` the whole picture, alone, and then, if it is
+        cut, its slices row by row; else what `preprocess` returns.
+
+    Raises:
+        ImageError, BundleError: As `preprocess`.
+    """
+    if spec.policy != "slices":
+        return [preprocess(image_HWC, spec)]
+    _check_array(image_HWC)
+    plan = plan_slices(image_HWC.shape[0], image_HWC.shape[1], spec)
+    resize = functools.partial(
+        kernels.resize_tiles,
+        image_HWC,
+        resample=spec.resample,
+        lut_C256=_lookup_table(spec.rescale, spec.mean, spec.std),
+    )
+    batches = [resize(plan.whole_height, plan.whole_width)]
+    if plan.rows:
+        batches.append(resize(plan.cut_height, plan.cut_width, tile=(plan.slice_height, plan.slice_width)))
+    return batches
+
+
+def _check_array(image_HWC: NDArray[np.uint8]) -> None:
+    import numpy as np
+
+    if not isinstance(image_HWC, np.ndarray) or image_HWC.ndim != 3 or image_HWC.shape[2] != 3:
+        found = getattr(image_HWC, "shape", type(image_HWC).__name__)
+        raise ImageError(f"preprocess needs a uint8 array (H, W, 3), found {found}", code="image.array")
 
 
 def _preprocess_twice(image_HWC: NDArray[np.uint8], spec: ImageSpec) -> NDArray[np.float32]:

@@ -45,6 +45,7 @@ class PromptFormat:
         bos, eos: Texts that the template may print as `bos_token` and `eos_token`.
         control_tokens: Every text that tokenizes to a control token.
         image_token: What the template prints for a picture; None for a text-only model.
+        between_parts: What joins a message's parts for a template that takes plain texts alone; None if it takes parts.
     """
 
     template: str
@@ -52,6 +53,7 @@ class PromptFormat:
     eos: str
     control_tokens: tuple[str, ...]
     image_token: str | None = None
+    between_parts: str | None = None
 
 
 def user_messages(prompt: str, n_images: int, system: str | None) -> list[Message]:
@@ -81,6 +83,8 @@ def render(messages: list[Message], form: PromptFormat) -> list[Piece]:
     shield = _Shield(form)
     n_images = sum(part["type"] == "image" for message in messages for part in _parts(message))
     shielded = [shield.message(message) for message in messages]
+    if form.between_parts is not None:
+        shielded = [{**message, "content": _joined(message, form)} for message in shielded]
     if _ignores_strings(form.template, form.bos, form.eos):
         shielded = [{**message, "content": _parts(message)} for message in shielded]
     try:
@@ -118,6 +122,12 @@ def _ignores_strings(template: str, bos: str, eos: str) -> bool:
 def _parts(message: Message) -> list[dict[str, Any]]:
     content = message["content"]
     return content if isinstance(content, list) else [{"type": "text", "text": content}]
+
+
+def _joined(message: Message, form: PromptFormat) -> str:
+    """A message as one text, with the image token where a picture goes."""
+    texts = [form.image_token or "" if part["type"] == "image" else part["text"] for part in _parts(message)]
+    return (form.between_parts or "").join(texts)
 
 
 class _Shield:

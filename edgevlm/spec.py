@@ -22,8 +22,10 @@ from edgevlm.errors import BundleError
 #: `pad_square` pads to a square with `pad_rgb`, then as `shortest_crop` (the original LLaVA 1.5);
 #: `tiles` resizes the longer side to `longest_px`, then both sides up to whole tiles, cuts them, and puts a tile of the
 #: whole picture behind them (SmolVLM, Idefics3);
-#: `longest_stretch` resizes the longer side to `longest_px`, then as `stretch` (the same, told not to split).
-ImagePolicy = Literal["stretch", "shortest_crop", "pad_square", "tiles", "longest_stretch"]
+#: `longest_stretch` resizes the longer side to `longest_px`, then as `stretch` (the same, told not to split);
+#: `slices` resizes to about as many pixels in the picture's own shape, with sides that are multiples of `multiple_px`,
+#: and cuts a larger picture into up to `most_tiles` of such a size besides, all of one shape (MiniCPM-V).
+ImagePolicy = Literal["stretch", "shortest_crop", "pad_square", "tiles", "longest_stretch", "slices"]
 Resample = Literal["box", "bilinear", "hamming", "bicubic", "lanczos"]
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 
@@ -36,6 +38,11 @@ def _between(low: float, high: float) -> Any:
 def _maybe_between(low: float, high: float) -> Any:
     """The same for a field that may be absent."""
     return field(default=None, metadata={"range": (low, high)})
+
+
+def _rare(default: Any, low: float | None = None, high: float | None = None) -> Any:
+    """A field of a few models, written only where it differs from its default: other bundles stay as they are."""
+    return field(default=default, metadata={"rare": True, **({} if low is None else {"range": (low, high)})})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +62,8 @@ class ImageSpec:
     mean: tuple[float, float, float] = _between(-1e9, 1e9)
     std: tuple[float, float, float] = _between(1e-9, 1e9)
     pad_rgb: tuple[int, int, int] | None = _maybe_between(0, 255)
+    multiple_px: int | None = _rare(None, 1, 256)
+    most_tiles: int | None = _rare(None, 1, 64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +71,12 @@ class EncoderSpec:
     """Vision tower and connector, as one graph from `pixels_TCHW` (float32) to `embeds_TND` (float32).
 
     `n_tokens` embeddings of width `n_embd` come out for each tile; `layers` counts the blocks that really run. The
-    connector `pixel_shuffle` joins `scale_factor` x `scale_factor` patches into each embedding.
+    connector `pixel_shuffle` joins `scale_factor` x `scale_factor` patches into each embedding; `resampler` asks
+    `n_tokens` questions about all patches. The tower `siglip_strip` takes pictures of any whole number of patches.
     """
 
-    tower: Literal["siglip", "clip"]
-    connector: Literal["linear", "mlp", "pixel_shuffle"]
+    tower: Literal["siglip", "siglip_strip", "clip"]
+    connector: Literal["linear", "mlp", "pixel_shuffle", "resampler"]
     layers: int = _between(0, 512)
     hidden: int = _between(1, 65536)
     heads: int = _between(1, 1024)
@@ -96,9 +106,10 @@ class DecoderSpec:
 class TileTexts:
     """What stands between the embeddings of a picture's tiles; control tokens in it count.
 
-    For each tile of the grid, row by row: `tile`, in which `{row}` and `{column}` count from 1, and its embeddings;
-    after each row `row_end`, after all of them `grid_end`. Then `whole`, the embeddings of the whole picture, and
-    `end`; a picture that was not cut has only these.
+    First `grid_start`. For each tile of the grid, row by row: `tile`, in which `{row}` and `{column}` count from 1, its
+    embeddings and `tile_end`; after each row `row_end`, and `between_rows` if another one follows; after all of them
+    `grid_end`. Then `whole`, the embeddings of the whole picture, and `end`; with `whole_first` these three come before
+    the grid, as their embeddings do. A picture that was not cut has only these.
     """
 
     tile: str
@@ -106,6 +117,10 @@ class TileTexts:
     grid_end: str
     whole: str
     end: str
+    grid_start: str = _rare("")
+    tile_end: str = _rare("")
+    between_rows: str = _rare("")
+    whole_first: bool = _rare(False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +128,13 @@ class PromptSpec:
     """Literals of the prompt. The chat template itself travels in the GGUF file.
 
     `image_token` is what the template prints where a picture goes; all of a picture's embeddings replace it, with
-    `tile_texts` between them if the model was trained with such.
+    `tile_texts` between them if the model was trained with such. A template that takes plain texts alone gets a
+    message's parts as one text, image tokens included, with `between_parts` between them; without it, it gets parts.
     """
 
     image_token: str | None = None
     tile_texts: TileTexts | None = None
+    between_parts: str | None = _rare(None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,8 +150,19 @@ class ModelSpec:
 
 
 def to_json(spec: Any) -> dict[str, Any]:
-    """A spec as plain JSON types, keys in declaration order."""
-    return dataclasses.asdict(spec)
+    """A spec as plain JSON types, keys in declaration order, without rare fields that have their default."""
+    kept = (f for f in dataclasses.fields(spec) if not (f.metadata.get("rare") and getattr(spec, f.name) == f.default))
+    return {f.name: _plain(getattr(spec, f.name)) for f in kept}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_json(value)
+    if isinstance(value, tuple):
+        return tuple(_plain(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
 
 
 T = TypeVar("T")

@@ -100,3 +100,107 @@ def _whole_tiles(height: int, width: int, spec: ImageSpec) -> tuple[int, int]:
 
 def _up_to(side_px: int, tile_px: int) -> int:
     return math.ceil(side_px / tile_px) * tile_px
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlicePlan:
+    """The sizes that a picture takes, in pixels, each from the picture itself.
+
+    `whole_height` x `whole_width` is the whole picture. If `rows` is not 0, it is resized to `cut_height` x `cut_width`
+    as well, and that is cut into `rows` x `columns` slices of `slice_height` x `slice_width`.
+    """
+
+    whole_height: int
+    whole_width: int
+    slice_height: int = 0
+    slice_width: int = 0
+    rows: int = 0
+    columns: int = 0
+
+    @property
+    def cut_height(self) -> int:
+        return self.slice_height * self.rows
+
+    @property
+    def cut_width(self) -> int:
+        return self.slice_width * self.columns
+
+
+def plan_slices(height: int, width: int, spec: ImageSpec) -> SlicePlan:
+    """Plan a `height` x `width` picture under the policy `slices`.
+
+    The arithmetic is that of MiniCPM-V's own code: `spec.height_px` (448) is the side of a square with as many pixels
+    as a slice should have; quotients are doubles, and halves are rounded to even, as Python rounds them.
+
+    Raises:
+        BundleError: `bundle.invalid`, the spec lacks `multiple_px` or `most_tiles`.
+
+    Example:
+        >>> from edgevlm.spec import ImageSpec
+        >>> minicpm = ImageSpec(policy="slices", height_px=448, width_px=448, multiple_px=14, most_tiles=9,
+        ...                     resample="bicubic", rescale=1 / 255, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+        >>> plan = plan_slices(480, 640, minicpm)
+        >>> (plan.whole_height, plan.whole_width), (plan.rows, plan.columns), (plan.slice_height, plan.slice_width)
+        ((392, 518), (1, 2), (546, 364))
+    """
+    if spec.multiple_px is None or spec.most_tiles is None:
+        raise BundleError(
+            "bundle.json: image.multiple_px or image.most_tiles is missing, policy `slices` needs them; convert the "
+            "checkpoint again",
+            code="bundle.invalid",
+        )
+    side_px, multiple_px = spec.height_px, spec.multiple_px
+    whole_height, whole_width = _own_shape(height, width, side_px, multiple_px)
+    n_wanted = min(math.ceil(width * height / (side_px * side_px)), spec.most_tiles)
+    if n_wanted <= 1:
+        return SlicePlan(whole_height=whole_height, whole_width=whole_width)
+    rows, columns = _best_grid(width / height, n_wanted, spec.most_tiles)
+    slice_height, slice_width = _own_shape(
+        _nearest(height, rows) / rows, _nearest(width, columns) / columns, side_px, multiple_px
+    )
+    return SlicePlan(
+        whole_height=whole_height,
+        whole_width=whole_width,
+        slice_height=slice_height,
+        slice_width=slice_width,
+        rows=rows,
+        columns=columns,
+    )
+
+
+def _own_shape(height: float, width: float, side_px: int, multiple_px: int) -> tuple[int, int]:
+    """About `side_px` x `side_px` pixels in the shape of `height` x `width`, in whole multiples of `multiple_px`."""
+    aspect = width / height
+    shaped_height = int(side_px / math.sqrt(aspect))
+    shaped_width = int(shaped_height * aspect)
+    return _nearest(shaped_height, multiple_px), _nearest(shaped_width, multiple_px)
+
+
+def _nearest(length: float, divisor: int) -> int:
+    """The nearest multiple of `divisor`, but at least one; of two that are equally near, the even multiple."""
+    return max(round(length / divisor) * divisor, divisor)
+
+
+def _best_grid(aspect: float, n_wanted: int, n_most: int) -> tuple[int, int]:
+    """(rows, columns) of the grid of one slice less, as many as wanted or one more, whose shape is the picture's.
+
+    Of equally good ones the first, in the order of their number and then of their columns.
+    """
+    counts = [n for n in (n_wanted - 1, n_wanted, n_wanted + 1) if 1 < n <= n_most]
+    grids = [(n // columns, columns) for n in counts for columns in range(1, n + 1) if n % columns == 0]
+    return min(grids, key=lambda grid: abs(math.log(aspect) - math.log(grid[1] / grid[0])))
+
+
+def grid_of(height: int, width: int, spec: ImageSpec) -> tuple[int, int]:
+    """(rows, columns) of tiles beside the whole picture, (0, 0) for a picture that is not cut.
+
+    Raises:
+        BundleError: `bundle.invalid`, the spec lacks a number that its policy needs.
+    """
+    if spec.policy == "tiles":
+        tiles = plan_tiles(height, width, spec)
+        return tiles.rows, tiles.columns
+    if spec.policy == "slices":
+        slices = plan_slices(height, width, spec)
+        return slices.rows, slices.columns
+    return 0, 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from edgevlm import spec as specs
 from edgevlm.bundle import BUILTIN, MANIFEST_NAME, open_bundle
 from edgevlm.errors import BundleError, EdgeVLMError, FileError
 
@@ -199,3 +201,15 @@ def test_every_cut_of_the_manifest_is_refused(bundle: Path) -> None:
         path.write_bytes(whole[:length])
         with pytest.raises(EdgeVLMError):
             open_bundle(bundle)
+
+
+def test_rare_fields_are_written_only_where_they_say_something() -> None:
+    """So that a new one changes no bundle that does not need it, and every spec is read back as it was."""
+    spec = open_bundle(BUILTIN).spec
+    written = json.loads(json.dumps(specs.to_json(spec)))
+    assert written == json.loads((BUILTIN / MANIFEST_NAME).read_text())["spec"]
+    assert spec.image is not None
+    image = dataclasses.replace(spec.image, multiple_px=14)
+    written = json.loads(json.dumps(specs.to_json(image)))
+    assert set(written) - set(specs.to_json(spec.image)) == {"multiple_px"}
+    assert specs.from_json(specs.ImageSpec, written) == image != spec.image

@@ -62,6 +62,9 @@ _PATCHES = {
     "embeddings.position_embedding.weight": Weight("position.weight", ("positions", "hidden")),
 }
 
+#: SigLIP and what grew out of it.
+SIGLIP_WEIGHTS = {**_PATCHES, **_BLOCK, **_POST_NORM}
+
 SIGLIP = Tower(
     kind="siglip",
     model_type="siglip_vision_model",

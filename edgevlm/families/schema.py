@@ -122,6 +122,10 @@ class Vision:
             which may also be flat, and the tower's prefixes begin with `tower:`.
         aspect: The key that says how a picture becomes square (`pad`, or `square`, the default); empty for none.
         wrap: The key that says whether two tokens stand around a picture, and those tokens.
+        slices: The key of config.json that says into how many slices a picture is cut; the image processor's file may
+            then be missing. Empty for none.
+        slice_keys: Keys of that section.
+        between_parts: What joins pictures and text of a message, for chat templates that take plain texts alone.
     """
 
     section: str
@@ -139,6 +143,9 @@ class Vision:
     separate: bool = False
     aspect: str = ""
     wrap: tuple[str, str, str] | None = None
+    slices: str = ""
+    slice_keys: Keys = Keys()
+    between_parts: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,11 +158,23 @@ class Template:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Whose model a family is, as published research and its makers say, whatever a checkpoint's own files claim.
+
+    `notice` is told while converting and kept in the bundle.
+    """
+
+    model: str
+    repository: str
+    notice: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """A model family: which parts it joins, and under which names.
 
     Attributes:
-        hf_architectures: Values of `architectures` in config.json.
+        hf_architectures: Values of `architectures` in config.json, or names of the model's class in `auto_map`.
         keys: Top-level keys of config.json; with `text_section` None those that are not the decoder's.
         text_section: Name of the decoder's section; None if its keys are config.json's own.
         text_keys: Keys of that section beyond those of `decoder`.
@@ -165,6 +184,7 @@ class Family:
             values mean any). Of several families for an architecture, the one with the most needs wins.
         templates: For checkpoints without a chat template, the first that fits.
         vision: None for a family that knows text only.
+        origin: None where the checkpoint's own files are all that is known.
     """
 
     name: str
@@ -179,3 +199,4 @@ class Family:
     needs: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     templates: tuple[Template, ...] = ()
     vision: Vision | None = None
+    origin: Origin | None = None
