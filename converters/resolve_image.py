@@ -32,7 +32,7 @@ def resolve_image(processors: tuple[Processor, ...], data: Mapping[str, Any], *,
     crops, pads = section.flag("do_center_crop"), section.flag("do_pad")
     if pads and not processor.pads:
         raise unsupported(f"{section.where}: {processor.names[0]} does not honour do_pad")
-    mean, std = _triple(section, "image_mean"), _triple(section, "image_std")
+    mean, std = triple(section, "image_mean"), triple(section, "image_std")
     height_px, width_px, shortest_px = _geometry(section, crops=crops)
     if (height_px, width_px) != (side_px, side_px):
         raise invalid(f"{section.where} makes pictures of {width_px}x{height_px}, the tower takes {side_px}x{side_px}")
@@ -63,8 +63,8 @@ def _resolve_tiles(section: Section, *, side_px: int) -> ImageSpec:
         longest_px=longest_px,
         resample=section.choice("resample", _RESAMPLES),
         rescale=section.number("rescale_factor"),
-        mean=_triple(section, "image_mean"),
-        std=_triple(section, "image_std"),
+        mean=triple(section, "image_mean"),
+        std=triple(section, "image_std"),
     )
 
 
@@ -132,7 +132,12 @@ def _geometry(section: Section, *, crops: bool) -> tuple[int, int, int | None]:
     return crop["height"], crop["width"], size["shortest_edge"]
 
 
-def _triple(section: Section, key: str) -> tuple[float, float, float]:
+def triple(section: Section, key: str) -> tuple[float, float, float]:
+    """One number for each of red, green and blue.
+
+    Raises:
+        CheckpointError: `checkpoint.invalid`.
+    """
     values = section.get(key)
     good = isinstance(values, list) and len(values) == 3
     good = good and all(type(value) in (int, float) and 0 <= value < 10 for value in values)

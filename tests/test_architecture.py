@@ -29,7 +29,7 @@ STAGES = {"_arrays", "_kernels", "bundle", "decoder", "describe", "encoder", "fr
           "image", "kernels", "layout", "llama", "preprocess", "prompt", "sampling", "splice", "storage",
           "template", "tiling"}  # fmt: skip
 CONVERTERS_MAY = {
-    "errors", "files", "spec", "bundle", "storage", "llama", "encoder", "decoder", "families", "gguf"
+    "errors", "files", "spec", "bundle", "storage", "llama", "encoder", "decoder", "families", "gguf", "prompt"
 }  # fmt: skip
 
 

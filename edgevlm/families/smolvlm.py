@@ -1,5 +1,6 @@
 """SmolVLM and SmolVLM2 (256M, 500M, 2.2B): SigLIP tiles, pixel shuffle, a Llama decoder. Declarations only."""
 
+from edgevlm.families.mmproj import IDEFICS3_MMPROJ
 from edgevlm.families.parts import (
     BOOKKEEPING,
     IDEFICS3,
@@ -65,4 +66,5 @@ FAMILY = Family(
         ),
         control_tokens=("<fake_token_around_image>",),
     ),
+    mmproj=(IDEFICS3_MMPROJ,),
 )
