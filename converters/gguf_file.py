@@ -121,7 +121,7 @@ def map_tensors(header: GGUFHeader) -> dict[str, StoredTensor]:
         kind = type_name(tensor.type_id)
         start = header.data_offset + tensor.offset
         bits = data[start : start + tensor.nbytes]
-        bits = bits.view(PLAIN_TYPES[kind]) if kind in PLAIN_TYPES else bits
+        bits = bits.view(PLAIN_TYPES[kind]) if kind in ("F32", "F16") else bits  # all others are bytes to `values`
         bits = bits.reshape(*tensor.shape[:-1], -1)
         found[tensor.name] = StoredTensor(tensor.name, tensor.shape, kind, tensor.nbytes, bits)
     return found

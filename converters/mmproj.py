@@ -8,6 +8,7 @@ is undone here: names, `fc1` and `fc2` exchanged, Q, K and V in one tensor, lead
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from edgevlm import families
 from edgevlm.converters import gguf_file
-from edgevlm.converters.gguf_file import PLAIN_TYPES, StoredTensor
+from edgevlm.converters.gguf_file import StoredTensor
 from edgevlm.converters.mapping import listed, wanted_weights
 from edgevlm.converters.resolve import ResolvedVision, resolve_vision, vision_sizes
 from edgevlm.converters.resolve_image import triple
@@ -79,9 +80,7 @@ def read_mmproj(path: Path, *, n_embd: int, known_families: tuple[Family, ...] |
     header = read_container(path, _ARRAYS)
     _check_kind(header)
     tensors = gguf_file.map_tensors(header)
-    metadata = header.metadata
-    projector = metadata.get("clip.projector_type", metadata.get("clip.vision.projector_type"))
-    family, declared = families.find_mmproj(str(projector), tensors, known_families)
+    family, declared = families.find_mmproj(_projector_type(header), tensors, known_families)
     raw = Section(path.name, _clip_keys(header), KEYS, declared.keys)
     hidden = raw.size("clip.vision.embedding_length", _LARGEST_WIDTH)
     tensors, intermediate = _modern(path.name, tensors, hidden)
@@ -102,7 +101,9 @@ def read_mmproj(path: Path, *, n_embd: int, known_families: tuple[Family, ...] |
         vision=vision,
         tower=_take(path.name, named, vision.encoder.layers, sizes, left),
         connector=_take(path.name, _connector_names(declared, tensors), 0, sizes, left),
-        unused=_unused(path.name, left, named, range(vision.encoder.layers, blocks)),
+        unused=_unused(
+            path.name, left, declared, [name for name in named if "{i}" in name], range(vision.encoder.layers, blocks)
+        ),
         notes=(*notes, *processor_notes, *([declared.assumes] if declared.assumes else [])),
     )
 
@@ -127,6 +128,15 @@ def _check_kind(header: GGUFHeader) -> None:
             f"{header.path} is no mmproj file: it is a {str(kind)[:40]!r} of the architecture {str(arch)[:40]!r}; give "
             "the text model first and the mmproj after --mmproj"
         )
+
+
+def _projector_type(header: GGUFHeader) -> str:
+    """The second key is for files that hold an audio encoder as well."""
+    said = [header.metadata.get(f"clip.{key}projector_type") for key in ("", "vision.")]
+    found = {str(one) for one in said if one is not None}
+    if len(found) > 1:
+        raise invalid(f"{header.path.name} names two projectors, {' and '.join(sorted(found))}")
+    return found.pop() if found else "(none)"
 
 
 def _clip_keys(header: GGUFHeader) -> dict[str, Any]:
@@ -167,7 +177,7 @@ def _modern(where: str, tensors: Mapping[str, StoredTensor], hidden: int) -> tup
 def _split_qkv(tensors: Mapping[str, StoredTensor], hidden: int) -> Iterator[tuple[str, StoredTensor]]:
     """Three equal parts in the place of each tensor that joins Q, K and V."""
     for name, tensor in tensors.items():
-        whole = tensor.shape[0] == 3 * hidden and (len(tensor.shape) == 2 or tensor.type in PLAIN_TYPES)
+        whole = tensor.shape[0] == tensor.bits.shape[0] == 3 * hidden  # bits of blocks cannot be cut anywhere
         if ".attn_qkv." not in name or not whole:
             yield name, tensor
             continue
@@ -257,8 +267,9 @@ def _processor_settings(raw: Section, processor: Processor) -> tuple[dict[str, A
     side = raw.size("clip.vision.image_size", _LONGEST_SIDE)
     settings: dict[str, Any] = {"image_processor_type": processor.names[0]}
     for ours, key in (("image_mean", "clip.vision.image_mean"), ("image_std", "clip.vision.image_std")):
-        # the shortest decimal that is this float32, as the original wrote it
-        settings[ours] = [float(str(np.float32(value))) for value in triple(raw, key)]
+        found, usual = np.array(triple(raw, key), np.float32), processor.keys.read[ours]
+        # the decimals of the original, which the file rounded; the runtime rounds them in the same way
+        settings[ours] = usual if np.array_equal(found, np.float32(usual)) else [float(str(one)) for one in found]
     square = {"height": side, "width": side}
     if not processor.tiles:
         crops = "shortest_edge" in processor.keys.read["size"]
@@ -319,10 +330,16 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[ones:]
 
 
-def _unused(where: str, left: Mapping[str, StoredTensor], named: Mapping[str, Weight], idle: range) -> tuple[str, ...]:
-    """What is left, if it is known: the norm behind the selected state, and blocks behind it."""
-    known = {name.replace("{i}", str(i)) for name in named if "{i}" in name for i in idle}
-    unexpected = sorted(set(left) - known - {"v.post_ln.weight", "v.post_ln.bias"})
+def _unused(
+    where: str, left: Mapping[str, StoredTensor], declared: Mmproj, of_blocks: list[str], idle: range
+) -> tuple[str, ...]:
+    """What is left, if it is known: what the family says, and blocks behind the selected state."""
+    known = {name.replace("{i}", str(i)) for name in of_blocks for i in idle}
+    unexpected = sorted(
+        name
+        for name in left
+        if name not in known and not any(fnmatch.fnmatchcase(name, pattern) for pattern in declared.unused)
+    )
     if unexpected:
         raise CheckpointError(
             f"{where} has tensors that this projector does not use: {listed(unexpected)}",

@@ -1,7 +1,9 @@
-"""llama.cpp `mmproj` files of the tiny checkpoints, written with the package `gguf` as llama.cpp's converters write them.
+"""llama.cpp `mmproj` files of the tiny checkpoints, as llama.cpp's converters write them.
 
 `legacy` is `tools/mtmd/legacy-models/convert_image_encoder_to_gguf.py` (LLaVA), `modern` is `conversion/` (SmolVLM).
-`tests/test_mmproj.py` shows that llama.cpp's own reader takes them.
+Compared by hand with what these two write from the same checkpoints: every tensor is equal to the last byte, keys
+differ in `general.name`, `general.size_label` and `clip.vision.projection_dim`, which nobody reads. `test_mmproj.py`
+shows that llama.cpp's own reader takes them.
 """
 
 from __future__ import annotations
@@ -68,23 +70,23 @@ class File:
         self.types = {re.sub(pattern, replacement, name): kind for name, kind in self.types.items()}
 
 
-def legacy(folder: Path, tower: Path | None = None, *, kind: Any = TYPES.F16) -> File:
-    """LLaVA: the last block and the last norm left out, `fc1` and `fc2` exchanged, the convolution always F16."""
+def legacy(folder: Path, tower: Path | None = None, *, kind: Any = TYPES.F16, drop: bool = True) -> File:
+    """LLaVA: last block and last norm left out (if `drop`), `fc1` and `fc2` exchanged, the convolution always F16."""
     config = json.loads(((tower or folder) / "config.json").read_text())["vision_config"]
-    blocks = config["num_hidden_layers"] - 1
+    blocks = config["num_hidden_layers"] - drop
     found = {name: values for name, values in _tensors(folder, tower).items()
-             if not name.startswith(("v.post_ln.", f"v.blk.{blocks}."))}  # fmt: skip
+             if not drop or not name.startswith(("v.post_ln.", f"v.blk.{blocks}."))}  # fmt: skip
     file = File(
         {
             "clip.has_text_encoder": (False, KINDS.BOOL),
             "clip.has_vision_encoder": (True, KINDS.BOOL),
             "clip.has_llava_projector": (True, KINDS.BOOL),
-            "general.file_type": (int(kind), KINDS.UINT32),
+            "general.file_type": (_file_type(kind), KINDS.UINT32),
             "general.name": ("tower", KINDS.STRING),
             "general.description": ("image encoder for LLaVA", KINDS.STRING),
             "clip.projector_type": ("mlp", KINDS.STRING),
             **_sizes(config, blocks, projection_dim=768),
-            **_normalization((tower or folder)),
+            **_normalization(tower or folder),
             "clip.use_gelu": (config["hidden_act"] == "gelu", KINDS.BOOL),
         },
         found,
@@ -108,7 +110,7 @@ def modern(folder: Path, *, kind: Any = TYPES.F16, epsilon: float = 1e-6) -> Fil
         {
             "general.type": ("mmproj", KINDS.STRING),
             "general.name": ("tiny", KINDS.STRING),
-            "general.file_type": (int(kind), KINDS.UINT32),
+            "general.file_type": (_file_type(kind), KINDS.UINT32),
             "general.quantization_version": (2, KINDS.UINT32),
             "clip.has_vision_encoder": (True, KINDS.BOOL),
             **_sizes(vision, vision["num_hidden_layers"], projection_dim=config["text_config"]["hidden_size"]),
@@ -127,15 +129,13 @@ def modern(folder: Path, *, kind: Any = TYPES.F16, epsilon: float = 1e-6) -> Fil
 
 def rounded(folder: Path, file: File, tower: Path | None = None) -> None:
     """Give a checkpoint the numbers that a file holds, so that both must convert to the same bytes."""
+    old = "clip.has_llava_projector" in file.keys
     for path in (folder, tower) if tower else (folder,):
         tensors = load_file(path / "model.safetensors")
         for name in tensors:
             new = _spelled(name)
-            swapped = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}
-            if new in file.tensors and file.tensors[new].shape != tuple(tensors[name].shape):
-                new = re.sub("ffn_up|ffn_down", lambda match: swapped[match[0]], new)
-            elif new in file.tensors and re.search(r"ffn_.*\.bias", new) and "clip.has_llava_projector" in file.keys:
-                new = re.sub("ffn_up|ffn_down", lambda match: swapped[match[0]], new)
+            if old:
+                new = new.replace("ffn_up", "ffn_x").replace("ffn_down", "ffn_up").replace("ffn_x", "ffn_down")
             if new in file.tensors:
                 tensors[name] = torch.from_numpy(file.stored(new).reshape(tensors[name].shape).copy())
         save_file(tensors, path / "model.safetensors", {"format": "pt"})
@@ -146,7 +146,13 @@ def _tensors(folder: Path, tower: Path | None) -> dict[str, np.ndarray]:
     found = {name: tensor for path in (folder, tower) if path for name, tensor in
              load_file(path / "model.safetensors").items()}  # fmt: skip
     named = {_spelled(name): tensor.float().numpy() for name, tensor in found.items()}
-    return {name: values for name, values in named.items() if name.startswith(("v.", "mm.")) and "position_ids" not in name}
+    return {
+        name: values for name, values in named.items() if name.startswith(("v.", "mm.")) and "position_ids" not in name
+    }
+
+
+def _file_type(kind: Any) -> int:
+    return int(gguf.LlamaFileType.ALL_F32 if kind == TYPES.F32 else gguf.LlamaFileType[f"MOSTLY_{kind.name}"])
 
 
 def _spelled(name: str) -> str:

@@ -104,6 +104,7 @@ LLAVA_MLP = Mmproj(
     config_keys={"image_aspect_ratio": "clip.vision.image_aspect_ratio"},
     drops_last=True,
     whole_tower=_WHOLE_TOWER,
+    unused=("v.post_ln.*",),
 )
 #: LLaVA 1.0. Its code leaves pictures to the processor, which crops.
 LLAVA_LINEAR = Mmproj(
@@ -118,6 +119,7 @@ LLAVA_LINEAR = Mmproj(
     config_keys={"image_aspect_ratio": "clip.vision.image_aspect_ratio"},
     drops_last=True,
     whole_tower=_WHOLE_TOWER,
+    unused=("v.post_ln.*",),
 )
 #: The same with a SigLIP tower, of which every model has the tanh form whatever the converter wrote.
 LLAVA_SIGLIP = Mmproj(
@@ -136,6 +138,7 @@ LLAVA_SIGLIP = Mmproj(
     config={"vision_feature_select_strategy": "full"},
     drops_last=True,
     whole_tower=_WHOLE_TOWER,
+    unused=("v.post_ln.*", "v.head.*"),
     assumes="the mmproj does not say how pictures become square; they are stretched, as SigLIP's processor does",
 )
 #: SmolVLM and SmolVLM2. Whether the processor splits pictures is not in the file; that of every Instruct model does.

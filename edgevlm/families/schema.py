@@ -159,6 +159,7 @@ class Mmproj:
         config_keys: Key of config.json -> key of the file, which counts if it is there.
         drops_last: Whether the tower's last block is of no use; most converters leave it out, some keep it.
         whole_tower: Blocks of towers by their width, to know those that were kept.
+        unused: Patterns (`*` matches anything) of tensors that never reach the output.
         assumes: What the file does not say and this declaration decides, for the user to know; empty for nothing.
     """
 
@@ -174,6 +175,7 @@ class Mmproj:
     config_keys: Mapping[str, str] = field(default_factory=dict)
     drops_last: bool = False
     whole_tower: Mapping[int, int] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
     assumes: str = ""
 
 

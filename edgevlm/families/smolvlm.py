@@ -10,6 +10,7 @@ from edgevlm.families.parts import (
     PIXEL_SHUFFLE,
 )
 from edgevlm.families.schema import REQUIRED, Family, Keys, Vision
+from edgevlm.families.templates import SMOLVLM
 from edgevlm.spec import TileTexts
 
 # Left by the programs that trained the models. transformers never reads them; where one would change the mathematics,
@@ -66,5 +67,6 @@ FAMILY = Family(
         ),
         control_tokens=("<fake_token_around_image>",),
     ),
+    templates=(SMOLVLM,),
     mmproj=(IDEFICS3_MMPROJ,),
 )
