@@ -140,9 +140,12 @@ def _projector_type(header: GGUFHeader) -> str:
 
 
 def _clip_keys(header: GGUFHeader) -> dict[str, Any]:
-    """What the file says of the model; `general` says where it comes from, `quantize` how it was made smaller."""
+    """What the file says of the model; `general` says where it comes from, `quantize` how it was made smaller.
+
+    None stands for a list where none is read; to a `Section` that would be as good as no key.
+    """
     return {
-        key: list(value) if isinstance(value, tuple) else value
+        key: "(a list)" if value is None else list(value) if isinstance(value, tuple) else value
         for key, value in header.metadata.items()
         if not key.startswith(("general.", "quantize."))
     }
@@ -214,6 +217,8 @@ def _tower_config(
             raise invalid(f"{raw.where} says {key} {str(said)[:40]}, the other numbers ask for {wanted[0]}")
     notes = []
     epsilon = raw.number("clip.vision.attention.layer_norm_epsilon")
+    if epsilon >= 1:
+        raise invalid(f"{raw.where} says layer_norm_epsilon {epsilon:.3g}, a number below 1 is needed")
     if abs(epsilon - declared.layer_norm_eps) > 1e-3 * declared.layer_norm_eps:
         notes.append(f"the mmproj says layer_norm_epsilon {epsilon:.3g}, the tower has {declared.layer_norm_eps:.3g}")
     if raw.flag("clip.use_silu"):
@@ -275,12 +280,11 @@ def _processor_settings(raw: Section, processor: Processor) -> tuple[dict[str, A
         crops = "shortest_edge" in processor.keys.read["size"]
         return settings | ({"size": {"shortest_edge": side}, "crop_size": square} if crops else {"size": square}), []
     notes = []
-    longest = raw.get("clip.vision.preproc_image_size")
-    if longest is None:
+    if raw.get("clip.vision.preproc_image_size") is None:
         longest = _TILES_ALONG_THE_LONGER_SIDE * side
         notes.append(f"the mmproj does not say preproc_image_size; pictures become {longest} pixels long")
-    elif type(longest) is not int:
-        raise invalid(f"{raw.where}: clip.vision.preproc_image_size is {str(longest)[:40]!r}, a whole number is needed")
+    else:
+        longest = raw.size("clip.vision.preproc_image_size", 2 * _LONGEST_SIDE)
     return settings | {"size": {"longest_edge": longest}, "max_image_size": {"longest_edge": side}}, notes
 
 

@@ -142,6 +142,6 @@ def triple(section: Section, key: str) -> tuple[float, float, float]:
     good = isinstance(values, list) and len(values) == 3
     good = good and all(type(value) in (int, float) and 0 <= value < 10 for value in values)
     # a standard deviation of 0 would divide by zero; a mean of 0 is fine
-    if not good or (key == "image_std" and 0 in values):
+    if not good or (key.endswith("image_std") and 0 in values):
         raise invalid(f"{section.where}: {key} is {values!r}, three numbers are needed")
     return float(values[0]), float(values[1]), float(values[2])
