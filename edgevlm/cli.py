@@ -204,7 +204,7 @@ def convert(
       edgevlm convert ./checkpoint ./bundle --decoder-quant auto --device pi5
       edgevlm convert ./checkpoint ./bundle --decoder-type ffn_down=q6_k
       edgevlm convert ./llava-v1.5-7b ./bundle --tower ./clip-large-336
-      edgevlm convert ./SmolVLM-Q8_0.gguf ./bundle --mmproj ./mmproj-SmolVLM-f16.gguf
+      edgevlm convert ./SmolVLM-Q8_0.gguf ./bundle --mmproj ./mmproj-f16.gguf
     """
     from edgevlm import describe
     from edgevlm.converters import convert as convert_checkpoint
