@@ -8,6 +8,7 @@
 #   make lint     ruff and mypy
 #   make bench    time every stage on this machine
 #   make bench-kernels   time the image kernels beside their rivals, and say which goals they reach
+#   make bench-encoder   time the vision encoder beside llama.cpp's, and the products that it is made of
 #   make bundle   convert panel/checkpoint to the built-in bundle again
 #   make clean    remove what was built (`make distclean` removes the virtual environment as well)
 
@@ -21,7 +22,7 @@ SIMD   := build/bench-simd-venv
 # Through the environment the pins also reach the isolated environments in which packages are built.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: setup build demo test test-here no-arm64 lint bench bench-kernels bundle clean distclean
+.PHONY: setup build demo test test-here no-arm64 lint bench bench-kernels bench-encoder bundle clean distclean
 
 build: $(VENV)/.built
 setup: $(VENV)/.dev
@@ -86,6 +87,10 @@ $(SIMD)/.built:
 bench-kernels: $(VENV)/.dev $(RIVALS)/.built $(SIMD)/.built
 	$(BIN)/python tests/bench_kernels.py rivals=$(RIVALS)/bin/python \
 	  $$(test ! -e $(SIMD)/.built || echo pillow-simd=$(SIMD)/bin/python)
+
+bench-encoder: $(VENV)/.dev
+	$(BIN)/python tests/bench_encoder.py
+	$(BIN)/python tests/bench_products.py
 
 bundle: $(VENV)/.dev
 	$(BIN)/edgevlm convert panel/checkpoint edgevlm/builtin --name panel-reader --decoder-quant q8_0 --overwrite

@@ -13,7 +13,8 @@ pair.py         two files of llama.cpp: the text model is copied (gguf_copy.py),
 And for all:
 
 loadable.py     the decoder's file, as the runtime sees it
-onnx_vision.py  the encoder's graph (onnx_graph.py)      verify.py        what it cost (calibration.py)
+encoder.py      what becomes of the encoder              onnx_vision.py   its graph (onnx_graph.py, onnx_products.py)
+calibration.py  pictures to compare encoders on          smoothing.py     what int8 needs     verify.py  what it cost
 fidelity.py     what it cost the answers                 limits.py        and what is too much
 """
 
@@ -24,15 +25,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from edgevlm.bundle import FORMAT, MANIFEST_NAME, Manifest, Role, file_entry, read_manifest, write_manifest
-from edgevlm.converters import decoder, huggingface, limits, pair, quant, targets, verify
+from edgevlm.converters import decoder, encoder, huggingface, limits, pair, quant, targets
+from edgevlm.converters.encoder import EncoderPlan
 from edgevlm.converters.fidelity import TOKENS
-from edgevlm.converters.onnx_vision import EncoderQuant, build_encoder
-from edgevlm.converters.prepared import Prepared, Report, Values
-from edgevlm.converters.resolve import ResolvedVision
+from edgevlm.converters.prepared import Prepared, Report
 from edgevlm.errors import FidelityError, StorageError, UsageError
 from edgevlm.families.schema import Family
 from edgevlm.storage import commit_folder, require_free
@@ -46,7 +43,7 @@ _FILES: tuple[tuple[str, Role], ...] = (
 DECODER_QUANTS = tuple(quant.RECIPES)
 DEVICES = targets.DEVICES
 DEFAULT_DECODER_QUANT = "q4_k_m"
-ENCODER_QUANTS: tuple[EncoderQuant, ...] = ("int8", "fp32")
+ENCODER_QUANTS = encoder.ENCODER_QUANTS
 
 
 def convert(
@@ -59,6 +56,7 @@ def convert(
     device: str | None = None,
     decoder_types: Mapping[str, str] | None = None,
     imatrix: str | os.PathLike[str] | None = None,
+    calibration: str | os.PathLike[str] | None = None,
     name: str | None = None,
     tower: str | os.PathLike[str] | None = None,
     template: str | None = None,
@@ -86,6 +84,8 @@ def convert(
         decoder_types: For single matrices of the decoder another type: a regular expression that is searched in their
             GGUF names -> a type such as `q6_k`. Of several that match the first decides.
         imatrix: A file of `llama-imatrix` (either form) that was made from this model, to steer the quantizer.
+        calibration: A folder of pictures on which the encoder is compared, and `int8` is steered; built-in ones by
+            default.
         name: What the model is called; the name of the checkpoint's folder or of the text model's file by default.
         tower: The folder of the vision tower, for a checkpoint whose tower lies in a repository of its own.
         template: The name of one of the family's chat templates, for a checkpoint that carries none; of a pair it takes
@@ -103,8 +103,9 @@ def convert(
 
     Raises:
         UsageError: an unknown type, or options that contradict each other.
-        FileError: the checkpoint, a file of the pair or the importance matrix does not exist.
+        FileError: the checkpoint, a file of the pair, the importance matrix or a picture cannot be read.
         GGUFError: a file of the pair breaks the format or cannot be run.
+        ImageError: a calibration picture cannot be decoded.
         ImatrixError: the importance matrix is damaged or of another model.
         CheckpointError: the checkpoint cannot be converted.
         FidelityError: the error passes a limit, with the figures and a better choice.
@@ -117,8 +118,7 @@ def convert(
         edgevlm.convert("llava-1.5-7b-hf", "llava-1.5-7b", decoder_quant="iq4_nl")
     """
     tell = report or (lambda line: None)
-    if encoder_quant not in ENCODER_QUANTS:
-        raise UsageError(f"encoder_quant is {encoder_quant!r}, it must be one of {', '.join(ENCODER_QUANTS)}")
+    encoder.check(encoder_quant)
     given, out = Path(checkpoint).absolute(), Path(out).absolute()
     files = pair.find_pair(given, None if mmproj is None else Path(mmproj).absolute())
     wishes = {"decoder_quant": decoder_quant, "device": device, "decoder_types": decoder_types, "imatrix": imatrix}
@@ -128,12 +128,10 @@ def convert(
         decoder.check(decoder_quant or DEFAULT_DECODER_QUANT, device)
     _check_out(out, overwrite=overwrite)
     tell(f"reading {given}")
-    arguments: dict[str, Any] = {"encoder_quant": encoder_quant, **({"force": True} if force else {})}
-    arguments |= {"template": template} if template else {}
     if files:
         prepared = pair.prepare(
             *files, name=name or (given.name if given.is_dir() else given.stem), source=source, template=template,
-            arguments=arguments, known_families=known_families, report=tell,
+            known_families=known_families, report=tell,
         )  # fmt: skip
     else:
         tower_folder = None if tower is None else Path(tower).absolute()
@@ -146,8 +144,59 @@ def convert(
             imatrix=imatrix,
             fidelity_tokens=fidelity_tokens,
         )
-        prepared = huggingface.prepare(model, planned, source=source, arguments=arguments)
-    return _write(prepared, out, encoder_quant, overwrite=overwrite, force=force, tell=tell)
+        prepared = huggingface.prepare(model, planned, source=source)
+    seeing = encoder.plan(prepared.spec.image, encoder_quant, calibration)
+    said = {**(seeing.arguments if seeing else {}), **({"force": True} if force else {})}
+    record = prepared.record | {"arguments": prepared.record["arguments"] | said}
+    record["arguments"] |= {"template": template} if template else {}
+    return _commit(out, prepared, seeing, record, encoder_quant, overwrite=overwrite, force=force, tell=tell)
+
+
+def _commit(
+    out: Path,
+    prepared: Prepared,
+    seeing: EncoderPlan | None,
+    record: dict[str, Any],
+    encoder_quant: str,
+    *,
+    overwrite: bool,
+    force: bool,
+    tell: Report,
+) -> Manifest:
+    """Build the bundle beside `out`, and rename it."""
+    # per weight of the encoder: its place in the graph, and in the float32 one to compare with
+    encoder_bytes = prepared.encoder_weights * (4 if encoder_quant == "fp32" else 5)
+    require_free(out, prepared.decoder_bytes + encoder_bytes + (16 << 20))
+    with commit_folder(out, may_replace=_is_bundle if overwrite else None) as building:
+        fidelity = _write_weights(building, prepared, seeing, tell)
+        beyond = limits.exceeded(fidelity, prepared.decoder_type, encoder_quant)
+        if beyond and not force:
+            raise FidelityError(f"{'; '.join(beyond)}; or force it", code="fidelity.exceeded")
+        prepared.check_unchanged()
+        manifest = Manifest(
+            format=FORMAT,
+            spec=prepared.spec,
+            files=tuple(file_entry(building / name, role) for name, role in _FILES if (building / name).exists()),
+            provenance=record,
+            fidelity={**fidelity, "exceeded_limits": beyond} if beyond else fidelity,
+        )
+        write_manifest(building, manifest)
+        read_manifest(building)
+        tell(f"committing {out}")
+    return manifest
+
+
+def _write_weights(building: Path, prepared: Prepared, seeing: EncoderPlan | None, tell: Report) -> dict[str, Any]:
+    """Write the files of `_FILES` that the model has; returns what each part cost."""
+    cost = prepared.write_decoder(building / DECODER, tell)
+    if seeing is None or prepared.vision is None:
+        return {"decoder": cost}
+    tell(f"encoder to {seeing.quant}")
+    path = building / ENCODER
+    return {
+        "decoder": cost,
+        "encoder": encoder.write(path, seeing, prepared.vision, prepared.tower, prepared.connector),
+    }
 
 
 def _refuse(wishes: Mapping[str, Any]) -> None:
@@ -158,37 +207,6 @@ def _refuse(wishes: Mapping[str, Any]) -> None:
             f"{', '.join(said)} cannot be obeyed with an mmproj: the text model is copied as it is, because to "
             "quantize it again would lose more than it says; leave it out, or convert the original checkpoint"
         )
-
-
-def _write(
-    prepared: Prepared, out: Path, encoder_quant: str, *, overwrite: bool, force: bool, tell: Report
-) -> Manifest:
-    """Build the bundle beside `out` and rename it."""
-    vision = prepared.vision
-    # per weight of the encoder: its place in the graph, and in the float32 one to compare with
-    require_free(
-        out, prepared.decoder_bytes + prepared.encoder_weights * (4 if encoder_quant == "fp32" else 5) + (16 << 20)
-    )
-    with commit_folder(out, may_replace=_is_bundle if overwrite else None) as building:
-        fidelity = {"decoder": prepared.write_decoder(building / DECODER, tell)}
-        if vision:
-            tell(f"encoder to {encoder_quant}")
-            fidelity["encoder"] = _convert_encoder(building, prepared, vision, encoder_quant)
-        beyond = limits.exceeded(fidelity, prepared.decoder_type, encoder_quant)
-        if beyond and not force:
-            raise FidelityError(f"{'; '.join(beyond)}; or force it", code="fidelity.exceeded")
-        prepared.check_unchanged()
-        manifest = Manifest(
-            format=FORMAT,
-            spec=prepared.spec,
-            files=tuple(file_entry(building / name, role) for name, role in _FILES if (building / name).exists()),
-            provenance=dict(prepared.record),
-            fidelity={**fidelity, "exceeded_limits": beyond} if beyond else fidelity,
-        )
-        write_manifest(building, manifest)
-        read_manifest(building)
-        tell(f"committing {out}")
-    return manifest
 
 
 def _check_out(out: Path, *, overwrite: bool) -> None:
@@ -204,35 +222,3 @@ def _check_out(out: Path, *, overwrite: bool) -> None:
 
 def _is_bundle(folder: Path) -> bool:
     return not folder.is_symlink() and (folder / MANIFEST_NAME).is_file()
-
-
-def _convert_encoder(building: Path, prepared: Prepared, vision: ResolvedVision, encoder_quant: str) -> dict[str, Any]:
-    """Write encoder.onnx and its data; the float32 graph is built as well when int8 has to be compared with it."""
-    tower, connector = Reader(prepared.tower), Reader(prepared.connector)
-    build_encoder(building / ENCODER, vision, tower, connector, encoder_quant)  # type: ignore[arg-type]
-    for reader in (tower, connector):
-        reader.check_all_used()
-    if encoder_quant == "fp32":
-        return {"against": "the checkpoint's weights", "relative_error": 0.0}
-    exact = building / "exact.onnx"
-    build_encoder(exact, vision, tower, connector, "fp32")
-    cost = verify.encoder_fidelity(building / ENCODER, exact, vision.image, vision.encoder)
-    exact.unlink()
-    exact.with_name("exact.onnx.data").unlink()
-    return cost
-
-
-class Reader:
-    """Weights by our own names, as float32; remembers which were asked for."""
-
-    def __init__(self, values: Values) -> None:
-        self._values = values
-        self._unread = set(values)
-
-    def __call__(self, name: str) -> NDArray[np.float32]:
-        self._unread.discard(name)
-        return self._values[name]()
-
-    def check_all_used(self) -> None:
-        """A declared weight that no layer function reads is our bug: the graph would compute something else."""
-        assert not self._unread, f"weights without a place in the graph: {sorted(self._unread)}"

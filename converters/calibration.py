@@ -1,16 +1,29 @@
-"""Pictures made by arithmetic, to measure what an int8 encoder loses: the same on every machine and in every release.
+"""Pictures on which encoders are compared, and int8's activations are observed: built-in ones, or a user's.
 
-They stand for what cameras see only roughly: smooth areas, hard edges, fine texture, dark and saturated areas. Numbers
-measured on them compare two encoders of one model; they do not predict the error on a user's pictures.
+The built-in ones are made by arithmetic, the same on every machine and in every release. They stand for what cameras
+see only roughly: smooth areas, hard edges, fine texture, dark and saturated areas. Numbers measured on them compare two
+encoders of one model; they do not predict the error on a user's pictures.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
+from edgevlm.errors import FileError, UsageError
+from edgevlm.image import load_image
+from edgevlm.preprocess import preprocess
 from edgevlm.spec import ImageSpec
 
+#: As many as are decoded at once; more would change little.
+MOST_PICTURES = 32
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _SEED = 20240229
 
 
@@ -55,9 +68,59 @@ def _discs(random: np.random.RandomState, u_HW: NDArray[np.float64], v_HW: NDArr
     return canvas_HWC
 
 
-def tiles(image: ImageSpec) -> NDArray[np.float32]:
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """What encoders are compared on.
+
+    Attributes:
+        tiles_TCHW: float32, the encoder's input.
+        name: What they are, in words.
+        record: For `provenance`.
+    """
+
+    tiles_TCHW: NDArray[np.float32]
+    name: str
+    record: Mapping[str, Any]
+
+
+def built_in(image: ImageSpec) -> Pictures:
     """The set as the encoder's input: float32 [8, 3, height_px, width_px], normalised as `image` says."""
     images_NHWC = pictures(image.height_px, image.width_px).astype(np.float32)
     mean, std = np.array(image.mean, np.float32), np.array(image.std, np.float32)
     tiles_NHWC = (images_NHWC * np.float32(image.rescale) - mean) / std
-    return np.ascontiguousarray(tiles_NHWC.transpose(0, 3, 1, 2))
+    tiles_TCHW = np.ascontiguousarray(tiles_NHWC.transpose(0, 3, 1, 2))
+    return Pictures(tiles_TCHW=tiles_TCHW, name=f"{len(tiles_TCHW)} procedural pictures", record={})
+
+
+def find_pictures(folder: Path) -> list[Path]:
+    """The JPEG, PNG and WebP files of a folder, by name; not those in folders inside it.
+
+    Raises:
+        FileError: it is no folder.
+        UsageError: there is none, or more than `MOST_PICTURES`.
+    """
+    try:
+        found = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise FileError(f"{folder} is not a folder that can be read: {reason}", code="file.unreadable") from error
+    if not 1 <= len(found) <= MOST_PICTURES:
+        raise UsageError(
+            f"the calibration folder {folder} holds {len(found)} JPEG, PNG or WebP files; "
+            f"between 1 and {MOST_PICTURES} are needed"
+        )
+    return found
+
+
+def of_files(paths: Sequence[Path], image: ImageSpec) -> Pictures:
+    """A user's pictures, prepared as the runtime prepares them.
+
+    Of a picture that is cut into tiles one is taken, the last: that of the whole picture.
+
+    Raises:
+        FileError, ImageError: one of them cannot be read.
+    """
+    tiles = [preprocess(load_image(path), image)[-1] for path in paths]
+    record = {"files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}}
+    count = f"{len(paths)} pictures" if len(paths) > 1 else "one picture"
+    return Pictures(tiles_TCHW=np.stack(tiles), name=f"{count} of {paths[0].absolute().parent.name}", record=record)

@@ -89,20 +89,17 @@ def read(
     return Model(checkpoint, resolved, vocabulary, map_tensors(family, resolved, tensors), tower)
 
 
-def prepare(model: Model, planned: DecoderPlan, *, source: str | None, arguments: Mapping[str, Any]) -> Prepared:
+def prepare(model: Model, planned: DecoderPlan, *, source: str | None) -> Prepared:
     """What `convert` needs of a checkpoint.
 
     Args:
         model: The checkpoint.
         planned: What becomes of its decoder.
         source: Where it comes from, for the record; the model's name by default.
-        arguments: What was asked for beside the decoder's, for the record.
     """
     spec, mapped = model.resolved.spec, model.mapped
-    record = (
-        provenance(model.checkpoint, source=source or spec.name, arguments={**planned.arguments, **arguments})
-        | planned.record()
-    )
+    record = provenance(model.checkpoint, source=source or spec.name, arguments=dict(planned.arguments))
+    record |= planned.record()
     if model.tower is not None:
         record["tower"] = {"source": model.tower.folder.resolve().name, "source_files": model.tower.hashes()}
     return Prepared(

@@ -25,7 +25,7 @@ IR_VERSION = 10
 MICROSOFT = "com.microsoft"
 #: Operators of ONNX Runtime's own domain; all others are standard ONNX.
 _CONTRIB = {
-    "BiasGelu", "DynamicQuantizeMatMul", "FastGelu", "Gelu", "MultiHeadAttention", "QuickGelu",
+    "BiasGelu", "DynamicQuantizeMatMul", "FastGelu", "Gelu", "MatMulNBits", "MultiHeadAttention", "QuickGelu",
     "SkipLayerNormalization",
 }  # fmt: skip
 _INLINE_BYTES = 64  # shapes and scalars stay in the graph, where shape inference needs them
@@ -90,10 +90,10 @@ class Graph:
 
         Args:
             name: Unique within the scope.
-            array: float32, int8, uint8 or int64.
+            array: float32, float16, int8, uint8 or int64.
         """
         array = np.ascontiguousarray(array)
-        full_name = self._claim(self._scoped(name))
+        full_name = self._claim(self.full_name(name))
         if array.nbytes <= _INLINE_BYTES:
             tensor = self._ir.Tensor(array.copy(), name=full_name)
         else:
@@ -111,9 +111,13 @@ class Graph:
         self._initializers.append(value)
         return value
 
+    def integers(self, name: str, numbers: list[int]) -> Any:
+        """Add an int64 constant, as shapes and axes are."""
+        return self.weight(name, np.array(numbers, np.int64))
+
     def add_node(self, kind: str, inputs: tuple[Any, ...], attributes: dict[str, Any], outputs: int) -> list[Any]:
         """Add a node named after its scope and kind; a None input is an optional one left out."""
-        base = self._scoped(kind)
+        base = self.full_name(kind)
         self._counts[base] = self._counts.get(base, 0) + 1
         name = self._claim(base if self._counts[base] == 1 else f"{base}_{self._counts[base]}")
         node = self._ir.node(
@@ -158,7 +162,8 @@ class Graph:
             self._data.write(array.tobytes())
         return offset
 
-    def _scoped(self, name: str) -> str:
+    def full_name(self, name: str) -> str:
+        """A name with the scopes around it."""
         return ".".join([*self._scopes, name])
 
     def _claim(self, name: str) -> str:

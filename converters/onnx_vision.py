@@ -9,79 +9,79 @@ branch and opens the next:
     n, h = SkipLayerNormalization(h, delta, ln2, bias of Wo)
     delta = MatMul(activation(MatMul(n, W1) + b1), W2)
 
-With int8 weights, the products Wqkv, Wo, W1 and W2 are DynamicQuantizeMatMul; patch embedding, norms, attention and the
+The products Wqkv, Wo, W1 and W2 take the wanted form (onnx_products.py); patch embedding, norms, attention and the
 connector stay in float32. The connector reads the residual stream itself, without a norm: its few large channels would
-stretch the one scale that an activation tensor has (measured: 0.043 relative error with it in int8, 0.013 without; no
-other product matters as much).
+stretch the one scale that an activation tensor has in int8 (measured: 0.043 relative error with it in int8, 0.013
+without; no other product matters as much).
+
+An int8 product may be smoothed: the norm before Wqkv and W1 then divides its channels by the factors, and V, with its
+bias, the channels that Wo reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgevlm.converters.onnx_graph import Graph
+from edgevlm.converters.onnx_products import EncoderQuant, Products, Sample, Treatment
 from edgevlm.converters.resolve import ResolvedVision
-from edgevlm.converters.transforms import quantize_columns
 from edgevlm.spec import Activation
 
-EncoderQuant = Literal["fp32", "int8"]
 #: Our name of a weight -> its values as float32.
 Weights = Callable[[str], NDArray[np.float32]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Build:
-    """What every layer function needs: the graph, the numbers, the weights and the wanted type."""
+    """What every layer function needs: the graph, the numbers, the weights, and products in the wanted form."""
 
     graph: Graph
     vision: ResolvedVision
     tower: Weights
     connector: Weights
-    quant: EncoderQuant
+    products: Products
 
     def vector(self, name: str) -> Any:
         """A tower weight as it is."""
         return self.graph.weight(name, self.tower(name))
 
-    def exact_product(self, x: Any, name: str, weight_KN: NDArray[np.float32]) -> Any:
-        """`x @ weight` in float32, with the arguments of `product`."""
-        return self.graph.op.MatMul(x, self.graph.weight(name, weight_KN))
 
-    def product(self, x: Any, name: str, weight_KN: NDArray[np.float32]) -> Any:
-        """`x @ weight` in the wanted type.
-
-        Args:
-            x: [T, N, inputs].
-            name: Name of the weight.
-            weight_KN: [inputs, outputs].
-        """
-        if self.quant == "fp32":
-            return self.exact_product(x, name, weight_KN)
-        int8_KN, scale_N = quantize_columns(weight_KN)
-        return self.graph.op.DynamicQuantizeMatMul(
-            x,
-            self.graph.weight(f"{name}.int8", int8_KN),
-            self.graph.weight(f"{name}.scale", scale_N),
-        )
-
-
-def build_encoder(path: Path, vision: ResolvedVision, tower: Weights, connector: Weights, quant: EncoderQuant) -> None:
+def build_encoder(
+    path: Path,
+    vision: ResolvedVision,
+    tower: Weights,
+    connector: Weights,
+    quant: EncoderQuant,
+    *,
+    treatments: Mapping[str, Treatment] | None = None,
+    probes: dict[str, Sample] | None = None,
+) -> None:
     """Write `path` and `path` + `.data`: pixels_TCHW -> embeds_TND.
+
+    Args:
+        path: Must not exist.
+        vision: All sizes.
+        tower, connector: Their weights.
+        quant: The form of the products in the blocks.
+        treatments, probes: See `Products`.
 
     Raises:
         StorageError: the disk is full or refuses.
-        CheckpointError: a weight is not finite.
+        CheckpointError: a weight is not finite, or beyond float16's range for `fp16`.
     """
     spec, image = vision.encoder, vision.image
     graph = Graph("encoder", path.with_name(path.name + ".data"))
     try:
-        build = Build(graph=graph, vision=vision, tower=tower, connector=connector, quant=quant)
+        products = Products(
+            graph=graph, quant=quant, treatments=treatments or {}, probes=probes, positions=vision.positions
+        )
+        build = Build(graph=graph, vision=vision, tower=tower, connector=connector, products=products)
         pixels_TCHW = graph.input("pixels_TCHW", ["T", 3, image.height_px, image.width_px])
         with graph.scope("tower"):
             states_TND = TOWERS[spec.tower](build, pixels_TCHW)
@@ -112,7 +112,7 @@ def clip(build: Build, pixels_TCHW: Any) -> Any:
     """
     op, graph = build.graph.op, build.graph
     patches_TND = _patches(build, pixels_TCHW, bias=False)
-    padded = op.Pad(patches_TND, _int64(graph, "class.room", [0, 1, 0, 0, 0, 0]))
+    padded = op.Pad(patches_TND, graph.integers("class.room", [0, 1, 0, 0, 0, 0]))
     position_ND = build.tower("position.weight")
     position_ND[0] += build.tower("class.weight")
     embedded = op.Add(padded, graph.weight("position.weight", position_ND))
@@ -128,10 +128,9 @@ def _patches(build: Build, pixels_TCHW: Any, *, bias: bool) -> Any:
     op, graph, spec = build.graph.op, build.graph, build.vision.encoder
     patch = spec.patch_px
     biases = (build.vector("patch.bias"),) if bias else ()
-    maps_TDHW = op.Conv(
-        pixels_TCHW, build.vector("patch.weight"), *biases, kernel_shape=[patch, patch], strides=[patch, patch]
-    )
-    flat_TDN = op.Reshape(maps_TDHW, _int64(graph, "flat", [0, spec.hidden, -1]))
+    weight = build.products.stored("patch.weight", build.tower("patch.weight"))
+    maps_TDHW = op.Conv(pixels_TCHW, weight, *biases, kernel_shape=[patch, patch], strides=[patch, patch])
+    flat_TDN = op.Reshape(maps_TDHW, graph.integers("flat", [0, spec.hidden, -1]))
     return op.Transpose(flat_TDN, perm=[0, 2, 1])
 
 
@@ -150,8 +149,8 @@ def _blocks(build: Build, embedded: Any) -> Any:
         )  # fmt: skip
     if not build.vision.cut_first:
         return states
-    to_the_end = _int64(graph, "cut.end", [2**31])
-    return op.Slice(states, _int64(graph, "cut.start", [1]), to_the_end, _int64(graph, "cut.axis", [1]))
+    to_the_end = graph.integers("cut.end", [2**31])
+    return op.Slice(states, graph.integers("cut.start", [1]), to_the_end, graph.integers("cut.axis", [1]))
 
 
 def _block(build: Build, i: int, residual: Any, delta: Any, delta_bias: Any) -> tuple[Any, Any, Any]:
@@ -161,26 +160,32 @@ def _block(build: Build, i: int, residual: Any, delta: Any, delta_bias: Any) -> 
     def weight(leaf: str) -> NDArray[np.float32]:
         return build.tower(f"blk.{i}.{leaf}")
 
-    normed, residual = _skip_norm(build, "ln1", i, residual, delta, delta_bias)
-    qkv_KN = np.concatenate([weight(f"{part}.weight") for part in "qkv"]).T
-    qkv = build.product(normed, "qkv.weight", qkv_KN)
+    products = build.products
+    normed, residual = _skip_norm(build, f"blk.{i}.ln1", residual, delta, delta_bias, products.smoothing("qkv"))
+    smooth_o = products.smoothing("o")
+    v_DK, v_bias = weight("v.weight") / np.reshape(smooth_o, (-1, 1)), weight("v.bias") / smooth_o
+    qkv = products.product(normed, "qkv", np.concatenate([weight("q.weight"), weight("k.weight"), v_DK]).T)
     q, k, v = op.Split(qkv, axis=-1, _outputs=3)
-    qkv_bias = graph.weight("qkv.bias", np.concatenate([weight(f"{part}.bias") for part in "qkv"]))
+    qkv_bias = graph.weight("qkv.bias", np.concatenate([weight("q.bias"), weight("k.bias"), v_bias]))
     # scale defaults to 1 / sqrt(head width), which is also CLIP's and SigLIP's
     attended = op.MultiHeadAttention(q, k, v, qkv_bias, num_heads=spec.heads)
-    delta = build.product(attended, "o.weight", weight("o.weight").T)
-    normed, residual = _skip_norm(build, "ln2", i, residual, delta, graph.weight("o.bias", weight("o.bias")))
-    hidden = build.product(normed, "fc1.weight", weight("fc1.weight").T)
+    delta = products.product(attended, "o", weight("o.weight").T)
+    delta_bias = graph.weight("o.bias", weight("o.bias"))
+    normed, residual = _skip_norm(build, f"blk.{i}.ln2", residual, delta, delta_bias, products.smoothing("fc1"))
+    hidden = products.product(normed, "fc1", weight("fc1.weight").T)
     hidden = _biased_activation(graph, hidden, "fc1.bias", weight("fc1.bias"), spec.activation)
-    delta = build.product(hidden, "fc2.weight", weight("fc2.weight").T)
+    delta = products.product(hidden, "fc2", weight("fc2.weight").T)
     return residual, delta, graph.weight("fc2.bias", weight("fc2.bias"))
 
 
-def _skip_norm(build: Build, norm: str, i: int, residual: Any, delta: Any, delta_bias: Any) -> tuple[Any, Any]:
-    """(norm(residual + delta + bias), residual + delta + bias); the very first norm has no branch to close."""
+def _skip_norm(
+    build: Build, norm: str, residual: Any, delta: Any, delta_bias: Any, divisor: NDArray[np.float32] | np.float32
+) -> tuple[Any, Any]:
+    """(norm(residual + delta + bias) / divisor, residual + delta + bias); the first norm has no branch to close."""
     op, graph, epsilon = build.graph.op, build.graph, build.vision.encoder.layer_norm_eps
-    gamma = graph.weight(f"{norm}.weight", build.tower(f"blk.{i}.{norm}.weight"))
-    beta = graph.weight(f"{norm}.bias", build.tower(f"blk.{i}.{norm}.bias"))
+    leaf = norm.rpartition(".")[2]
+    gamma = graph.weight(f"{leaf}.weight", build.tower(f"{norm}.weight") / divisor)
+    beta = graph.weight(f"{leaf}.bias", build.tower(f"{norm}.bias") / divisor)
     if delta is None:
         return op.LayerNormalization(residual, gamma, beta, axis=-1, epsilon=epsilon), residual
     normed, _mean, _inverse, total = op.SkipLayerNormalization(
@@ -207,16 +212,16 @@ def mlp(build: Build, states_TND: Any) -> Any:
     graph, spec = build.graph, build.vision.encoder
     has_bias = build.vision.connector_bias
     zeros = np.zeros(spec.n_embd, np.float32)
-    hidden = build.exact_product(states_TND, "fc1.weight", build.connector("fc1.weight").T)
+    hidden = build.products.exact(states_TND, "fc1", build.connector("fc1.weight").T)
     bias = build.connector("fc1.bias") if has_bias else zeros
     hidden = _biased_activation(graph, hidden, "fc1.bias", bias, spec.connector_activation)
-    embeds = build.exact_product(hidden, "fc2.weight", build.connector("fc2.weight").T)
+    embeds = build.products.exact(hidden, "fc2", build.connector("fc2.weight").T)
     return graph.op.Add(embeds, graph.weight("fc2.bias", build.connector("fc2.bias"))) if has_bias else embeds
 
 
 def linear(build: Build, states_TND: Any) -> Any:
     """One linear layer, always float32."""
-    product = build.exact_product(states_TND, "fc1.weight", build.connector("fc1.weight").T)
+    product = build.products.exact(states_TND, "fc1", build.connector("fc1.weight").T)
     return build.graph.op.Add(product, build.graph.weight("fc1.bias", build.connector("fc1.bias")))
 
 
@@ -231,14 +236,10 @@ def pixel_shuffle(build: Build, states_TND: Any) -> Any:
     op, graph, spec = build.graph.op, build.graph, build.vision.encoder
     side, factor = int((spec.n_tokens * spec.scale_factor**2) ** 0.5), spec.scale_factor
     squares = side // factor
-    split = op.Reshape(states_TND, _int64(graph, "split", [0, squares, factor, squares, factor * spec.hidden]))
+    split = op.Reshape(states_TND, graph.integers("split", [0, squares, factor, squares, factor * spec.hidden]))
     grouped = op.Transpose(split, perm=[0, 1, 3, 2, 4])
-    features = op.Reshape(grouped, _int64(graph, "join", [0, spec.n_tokens, factor * factor * spec.hidden]))
-    return build.exact_product(features, "fc1.weight", build.connector("fc1.weight").T)
-
-
-def _int64(graph: Graph, name: str, numbers: list[int]) -> Any:
-    return graph.weight(name, np.array(numbers, np.int64))
+    features = op.Reshape(grouped, graph.integers("join", [0, spec.n_tokens, factor * factor * spec.hidden]))
+    return build.products.exact(features, "fc1", build.connector("fc1.weight").T)
 
 
 TOWERS: dict[str, Callable[[Build, Any], Any]] = {"siglip": siglip, "clip": clip}

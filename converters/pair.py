@@ -73,7 +73,6 @@ def prepare(
     name: str,
     source: str | None,
     template: str | None,
-    arguments: Mapping[str, Any],
     known_families: tuple[Family, ...] | None,
     report: Report,
 ) -> Prepared:
@@ -85,7 +84,6 @@ def prepare(
         name: What the model is called.
         source: Where it comes from, for the record; `name` by default.
         template: The name of one of the family's chat templates, instead of the file's own.
-        arguments: What was asked for, for the record.
         known_families: Families to choose from; every one by default.
         report: Called with what was corrected or assumed.
 
@@ -126,7 +124,7 @@ def prepare(
         decoder_type=AS_THE_SOURCE,
         decoder_bytes=text.stat().st_size,
         write_decoder=partial(_write_decoder, header, chosen),
-        record=_record(header, projector, found, source or name, arguments, chosen is not None),
+        record=_record(header, projector, found, source or name, chosen is not None),
         check_unchanged=partial(_check_unchanged, status),
     )
 
@@ -198,9 +196,7 @@ def _places_pictures(template: str, header: GGUFHeader, prompt: PromptSpec) -> b
     )
 
 
-def _record(
-    header: GGUFHeader, projector: Path, found: Projector, source: str, arguments: Mapping[str, Any], templated: bool
-) -> dict[str, Any]:
+def _record(header: GGUFHeader, projector: Path, found: Projector, source: str, templated: bool) -> dict[str, Any]:
     text, general = header.path, header.metadata
     other = projector.name if projector.name != text.name else f"mmproj: {projector.name}"
     card = {ours: general[f"general.{key}"] for ours, key in _CARD.items() if f"general.{key}" in general}
@@ -208,7 +204,7 @@ def _record(
         "source": source,
         "source_files": {text.name: sha256_of(text), other: sha256_of(projector)},
         "model_card": {key: value for key, value in card.items() if isinstance(value, str)},
-        "arguments": {"decoder_quant": AS_THE_SOURCE, **arguments},
+        "arguments": {"decoder_quant": AS_THE_SOURCE},
         "tools": tool_versions(),
         "notes": [*found.notes, *(["the chat template is the family's own"] if templated else [])],
         "unused_tensors": list(found.unused),

@@ -30,7 +30,7 @@ class Prepared:
         decoder_type: How the decoder's weights are stored, in a word.
         decoder_bytes: What writing the decoder takes on the disk, at most.
         write_decoder: Writes the decoder to a path that does not exist, and returns what that cost.
-        record: The section `provenance`.
+        record: The section `provenance`, whose `arguments` are still the decoder's alone.
         check_unchanged: Raises a CheckpointError if a file of the source is another one by now.
     """
 
@@ -42,5 +42,5 @@ class Prepared:
     decoder_type: str
     decoder_bytes: int
     write_decoder: Callable[[Path, Report], dict[str, Any]]
-    record: Mapping[str, Any]
+    record: dict[str, Any]
     check_unchanged: Callable[[], None]

@@ -100,3 +100,37 @@ def quantize_columns(weight_KN: NDArray[np.float32]) -> tuple[NDArray[np.int8], 
     # 127 and not 128: rounding can add half to each of the two. A channel of zeros gets scale 1, as good as any.
     scale_N = np.where(largest_N > 0, largest_N / np.float32(127), np.float32(1)).astype(np.float32)
     return np.rint(weight_KN / scale_N).astype(np.int8), scale_N
+
+
+def quantize_blocks(weight_KN: NDArray[np.float32], block: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Signed 4 bits with one scale for each `block` inputs of an output channel, in the layout of MatMulNBits.
+
+    A scale that maps the weight of largest magnitude to -8 uses all sixteen steps (as ggml's Q4_0). A slightly smaller
+    or larger one often has less error, so nine are tried for each block and the best is kept.
+
+    Args:
+        weight_KN: [inputs, outputs]; inputs are padded with zeros to a multiple of `block`.
+        block: Inputs that share a scale, even.
+
+    Returns:
+        uint8 [outputs, blocks, block / 2], two weights in each byte, the earlier in the low half, 8 more than their
+        value; and float32 scales [outputs, blocks].
+    """
+    inputs, outputs = weight_KN.shape
+    padded_NBK = np.zeros((outputs, -(-inputs // block) * block), np.float32)
+    padded_NBK[:, :inputs] = weight_KN.T
+    padded_NBK = padded_NBK.reshape(outputs, -1, block)
+    index = np.abs(padded_NBK).argmax(axis=-1)[..., None]
+    whole_NB1 = np.take_along_axis(padded_NBK, index, axis=-1) / np.float32(-8)
+    best_NB1, least_NB1 = np.ones_like(whole_NB1), np.full_like(whole_NB1, np.inf)
+    for factor in np.linspace(0.8, 1.2, 9, dtype=np.float32):
+        scale_NB1 = np.where(whole_NB1 == 0, np.float32(1), whole_NB1 * factor)
+        error_NB1 = ((_steps(padded_NBK, scale_NB1) * scale_NB1 - padded_NBK) ** 2).sum(axis=-1, keepdims=True)
+        better = error_NB1 < least_NB1
+        best_NB1, least_NB1 = np.where(better, scale_NB1, best_NB1), np.where(better, error_NB1, least_NB1)
+    codes_NBK = (_steps(padded_NBK, best_NB1) + 8).astype(np.uint8)
+    return codes_NBK[..., 0::2] | codes_NBK[..., 1::2] << 4, best_NB1[..., 0]
+
+
+def _steps(values: NDArray[np.float32], scale: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.clip(np.rint(values / scale), -8, 7)

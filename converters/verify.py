@@ -14,11 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevlm.converters import calibration, gguf_file
+from edgevlm.converters import gguf_file
 from edgevlm.converters.gguf_file import StoredTensor
 from edgevlm.converters.quant import Recipe
-from edgevlm.encoder import Encoder
-from edgevlm.spec import EncoderSpec, ImageSpec
 
 #: Gives each `step`-th row of a matrix when called with `step`, so that only a sample of one is in memory.
 Matrix = Callable[[int], NDArray[np.float32]]
@@ -26,22 +24,23 @@ Matrix = Callable[[int], NDArray[np.float32]]
 _SAMPLED_WEIGHTS = 1 << 20  # of each tensor, in evenly spaced rows: enough for three digits
 
 
-def encoder_fidelity(int8_path: Path, fp32_path: Path, image: ImageSpec, spec: EncoderSpec) -> dict[str, Any]:
-    """Compare an int8 graph with the float32 graph of the same weights on the built-in pictures.
+def encoder_fidelity(
+    reference_TND: NDArray[np.float32], found_TND: NDArray[np.float32], pictures: str
+) -> dict[str, Any]:
+    """Compare embeddings with those of the float32 graph of the same weights.
+
+    Args:
+        reference_TND, found_TND: float32, picture by picture, as the runtime encodes.
+        pictures: What they were made of, in words.
 
     Returns:
         `cosine_mean` and `cosine_min` over all tokens, `relative_error` (RMS of the difference over RMS of the
         float32 embeddings), and what they were measured on.
     """
-    tiles_TCHW = calibration.tiles(image)
-    # one by one, as the runtime does
-    reference_TND, found_TND = (
-        Encoder(path, spec, threads=1).encode_each(tiles_TCHW) for path in (fp32_path, int8_path)
-    )
     cosine_TN = cosines(reference_TND, found_TND)
     return {
         "against": "the float32 graph of the same weights",
-        "pictures": f"{len(tiles_TCHW)} procedural pictures",
+        "pictures": pictures,
         "cosine_mean": _cosine(float(cosine_TN.mean())),
         "cosine_min": _cosine(float(cosine_TN.min())),
         "relative_error": _significant(relative_error(reference_TND, found_TND), 2),

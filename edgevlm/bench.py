@@ -111,9 +111,14 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One contender in one case. `difference` is the largest of any sample from Pillow's, in steps of 1/255."""
+    """One contender in one case. `difference` is the largest of any sample from Pillow's, in steps of 1/255.
+
+    `calls_cpu_s` are the single times behind `cpu_s`. Calls of the same index in two rows ran within one turn of each
+    other, so their ratios hold on a machine whose speed changes.
+    """
 
     cpu_s: Spread
+    calls_cpu_s: tuple[float, ...]
     wall_s: Spread
     mpx_per_s: float
     difference: int | None
@@ -171,9 +176,11 @@ def compare(case: Case, contenders: Mapping[str, Contender], rounds: int) -> dic
         }
     rows = {}
     for name, taken in samples.items():
-        cpu_s = Spread.of([sample.cpu_s for sample in taken])
+        calls_cpu_s = tuple(sample.cpu_s for sample in taken)
+        cpu_s = Spread.of(calls_cpu_s)
         rows[name] = Row(
             cpu_s=cpu_s,
+            calls_cpu_s=calls_cpu_s,
             wall_s=Spread.of([sample.wall_s for sample in taken]),
             mpx_per_s=case.megapixels / cpu_s.median,
             difference=differences.get(name),

@@ -172,6 +172,10 @@ def convert(
         Path | None,
         typer.Option("--imatrix", metavar="FILE", help="Importance matrix (llama-imatrix) of this very model."),
     ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option("--calibration", metavar="FOLDER", help="Pictures to steer and compare the encoder with."),
+    ] = None,
     name: Annotated[
         str | None, typer.Option("--name", metavar="NAME", help="What to call the model. [default: CHECKPOINT's name]")
     ] = None,
@@ -196,7 +200,7 @@ def convert(
 
     Works without torch, one tensor at a time, and leaves nothing behind if it fails.
 
-    Decoder types: f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, iq4_nl, q4_0. Encoder types: fp32, int8.
+    Decoder types: f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, iq4_nl, q4_0. Encoder types: fp32, fp16, int8, int4.
 
     \b
     Examples:
@@ -220,6 +224,7 @@ def convert(
         device=device,
         decoder_types=_pairs(decoder_type or []),
         imatrix=imatrix,
+        calibration=calibration,
         name=name,
         tower=tower,
         template=template,

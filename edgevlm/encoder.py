@@ -65,6 +65,18 @@ class Encoder:
             raise BackendError("the encoder gave numbers that are not finite", code="backend.failed")
         return embeds_TND  # type: ignore[no-any-return]
 
+    def outputs(self, tiles_TCHW: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        """All outputs of the graph by name; a converter's graphs have more than the embeddings.
+
+        Raises:
+            BackendError: the graph failed.
+        """
+        try:
+            values = self._session.run(None, {INPUT_NAME: tiles_TCHW})
+        except Exception as error:  # as in `encode`
+            raise BackendError(f"the encoder failed on {tiles_TCHW.shape}: {error}", code="backend.failed") from error
+        return dict(zip((output.name for output in self._session.get_outputs()), values, strict=True))
+
     def encode_each(self, tiles_TCHW: NDArray[np.float32]) -> NDArray[np.float32]:
         """Encode tiles one after the other; arguments, result and errors are those of `encode`.
 

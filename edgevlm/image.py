@@ -288,7 +288,10 @@ def _load_in_place(image: Image) -> NDArray[np.uint8]:
         prepare()
 
     image.load_prepare = load_prepare  # type: ignore[method-assign]
-    image.load()
+    try:
+        image.load()
+    finally:
+        del image.load_prepare  # or picture and function hold each other, and the pixels wait for the garbage collector
     if image.im is not mapped or image.has_transparency_data:  # a plugin of its own mind; a transparent colour
         return _to_array(image)
     return _upright(rgbx_HWC, _orientation(image))[:, :, :3]

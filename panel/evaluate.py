@@ -3,6 +3,7 @@
     python -m panel.evaluate --reference panel/checkpoint     transformers, float32
     python -m panel.evaluate --bundle FOLDER                  a bundle, through edgevlm's public interface
     python -m panel.evaluate                                  the built-in bundle
+    python -m panel.evaluate --against OTHER                  how many answers differ between two bundles
 
 Prints a Markdown table, and last one line of JSON with the same numbers.
 """
@@ -140,6 +141,23 @@ def evaluate(answerer: Answerer, items: list[Item], batch: int, errors: list[str
     }
 
 
+def changed(one: Answerer, other: Answerer, items: list[Item]) -> dict[str, float]:
+    """Share of the panels to which two models give different answers, for each kind of question.
+
+    `gauge ±3` counts only readings that differ by more than the tolerance: the needle is often between two values.
+    """
+    found: dict[str, list[bool]] = {}
+    for group in _batches(items, 1):
+        (item,) = group
+        first, second = (answerer([item.image], [item.question.text])[0] for answerer in (one, other))
+        found.setdefault(item.question.kind, []).append(first != second)
+        if item.question.kind == "gauge":
+            (_, a), (_, b) = _gauge_in(first), _gauge_in(second)
+            near = a is not None and b is not None and abs(a - b) <= GAUGE_TOLERANCE
+            found.setdefault(f"gauge ±{GAUGE_TOLERANCE}", []).append(not near)
+    return {kind: sum(values) / len(values) for kind, values in found.items()}
+
+
 def markdown(accuracy: dict[str, dict[str, float]]) -> str:
     """The table, in percent."""
     lines = [
@@ -156,6 +174,7 @@ def main() -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--reference", type=Path, metavar="CHECKPOINT", help="run a checkpoint in transformers")
     which.add_argument("--bundle", type=Path, help="run a bundle (default: the built-in one)")
+    parser.add_argument("--against", type=Path, metavar="BUNDLE", help="count the answers that differ from this one's")
     parser.add_argument("--panels", type=int, default=1000)
     parser.add_argument("--first-seed", type=int, default=FIRST_SEED)
     parser.add_argument("--batch", type=int, default=50, help="questions per batch of the reference")
@@ -164,6 +183,10 @@ def main() -> None:
 
     answerer = reference_answerer(args.reference) if args.reference else bundle_answerer(args.bundle)
     items = make_items(args.panels, args.first_seed)
+    if args.against:
+        shares = changed(answerer, bundle_answerer(args.against), items)
+        print(json.dumps({"panels": args.panels, "changed": shares}))
+        return
     errors: list[str] = []
     started = time.monotonic()
     accuracy = evaluate(answerer, items, args.batch, errors)

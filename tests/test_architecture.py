@@ -29,7 +29,8 @@ STAGES = {"_arrays", "_kernels", "bundle", "decoder", "describe", "encoder", "fr
           "image", "kernels", "layout", "llama", "preprocess", "prompt", "sampling", "splice", "storage",
           "template", "tiling"}  # fmt: skip
 CONVERTERS_MAY = {
-    "errors", "files", "spec", "bundle", "storage", "llama", "encoder", "decoder", "families", "gguf", "prompt"
+    "errors", "files", "spec", "bundle", "storage", "llama", "encoder", "decoder", "families", "gguf",
+    "image", "preprocess", "prompt",
 }  # fmt: skip
 
 

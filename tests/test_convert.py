@@ -263,8 +263,8 @@ def test_unknown_types_are_usage_errors(tmp_path):
     folder, _ = tiny.shared(VARIANTS["siglip"])
     with pytest.raises(UsageError, match="q4_k_m"):
         convert(folder, tmp_path / "out", decoder_quant="q3")
-    with pytest.raises(UsageError, match="int8, fp32"):
-        convert(folder, tmp_path / "out", encoder_quant="int4")
+    with pytest.raises(UsageError, match="int8, fp32, fp16, int4"):
+        convert(folder, tmp_path / "out", encoder_quant="int2")
 
 
 def test_only_a_bundle_is_overwritten_and_only_on_request(tmp_path):

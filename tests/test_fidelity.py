@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -238,21 +237,3 @@ def test_each_limit(section, quant, words):
     found = limits.exceeded(section, quant, "int8")
     assert len(found) == (words is not None)
     assert words is None or words in found[0]
-
-
-def test_an_encoder_that_sees_other_things_is_refused(tmp_path):
-    """One channel of the first norm is made a thousand times larger: the scale of int8 goes to it."""
-    folder = shutil.copytree(tiny.shared(Variant())[0], tmp_path / "model")
-
-    def stretch(tensors):
-        for name, tensor in tensors.items():
-            if "layer_norm1.weight" in name:
-                tensor[3] *= 3000
-            if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")) and "vision" in name:
-                tensor[:, 3] /= 3000
-        return tensors
-
-    tiny.rewrite_tensors(folder, stretch)
-    with pytest.raises(FidelityError, match=r"the encoder as int8 sees.*try encoder_quant fp32"):
-        convert(folder, tmp_path / "out")
-    assert convert(folder, tmp_path / "out", encoder_quant="fp32").fidelity["encoder"]["relative_error"] == 0

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import operator
 import struct
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,21 @@ def test_an_rgb_file_is_decoded_in_place(form: str, monkeypatch: pytest.MonkeyPa
     assert_image(load_image(data), np.ascontiguousarray(found))
     monkeypatch.delattr("PIL.Image.core.map_buffer")
     assert_image(load_image(data), np.ascontiguousarray(found))
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_pixels_are_freed_with_their_last_user(form: str) -> None:
+    """Not whenever the garbage collector comes: 48 MB of a phone's picture would wait for it."""
+    data = encoded(RGB, form)
+    gc.disable()
+    try:
+        image_HWC = load_image(data)
+        memory = weakref.ref(image_HWC.base)
+        assert memory() is not None
+        del image_HWC
+        assert memory() is None
+    finally:
+        gc.enable()
 
 
 # ---- arrays ----

@@ -122,6 +122,7 @@ def test_a_linear_projector_in_both_spellings(tmp_path):
 def test_a_siglip_tower_behind_the_projector_of_llava(tmp_path):
     """The old converter leaves `use_gelu` false although SigLIP has the tanh form."""
     folder = tiny_copy(Variant(feature_layer=-2), tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(tiny_smolvlm.TEMPLATE, encoding="utf-8")  # one that places pictures
     file = tiny_mmproj.legacy(folder)
     assert not file.keys["clip.use_gelu"][0]
     tiny_mmproj.rounded(folder, file)

@@ -13,7 +13,7 @@ from tiny import Variant
 
 from edgevlm import families
 from edgevlm.converters import convert
-from edgevlm.converters.calibration import pictures, tiles
+from edgevlm.converters.calibration import built_in, pictures
 from edgevlm.converters.verify import relative_error
 from edgevlm.encoder import Encoder
 from edgevlm.errors import CheckpointError
@@ -77,7 +77,7 @@ def test_the_interface_is_the_contract(bundles):
 def test_tiles_do_not_influence_each_other_in_float32(bundles, key):
     out, manifest = bundles[key]
     encoder = Encoder(out / "encoder.onnx", manifest.spec.encoder)
-    tiles_TCHW = tiles(manifest.spec.image)
+    tiles_TCHW = built_in(manifest.spec.image).tiles_TCHW
     together = encoder.encode(tiles_TCHW)
     alone = np.concatenate([encoder.encode(tile[None]) for tile in tiles_TCHW])
     # Other blocking of the same sums. (int8 activations share one scale; the runtime encodes one picture at a time.)
@@ -88,7 +88,7 @@ def test_tiles_do_not_influence_each_other_in_float32(bundles, key):
 def test_the_recorded_fidelity_is_that_of_single_pictures(bundles):
     """And not of a batch, whose int8 activations share one scale."""
     (exact, manifest), (int8, recorded) = bundles["clip", "fp32"], bundles["clip", "int8"]
-    tiles_TCHW = tiles(manifest.spec.image)
+    tiles_TCHW = built_in(manifest.spec.image).tiles_TCHW
     reference, found = (Encoder(out / "encoder.onnx", manifest.spec.encoder) for out in (exact, int8))
     alone, batch = (
         relative_error(reference.encode(tiles_TCHW), embeds)
