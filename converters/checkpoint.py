@@ -18,7 +18,9 @@ from edgevlm.errors import CheckpointError, FileError
 _JSON_LIMIT_BYTES = 256 << 20  # tokenizer.json of a large vocabulary has about 20 MB
 _TEXT_LIMIT_BYTES = 4 << 20
 _BINARY_LIMIT_BYTES = 64 << 20  # tokenizer.model of a large vocabulary has about 4 MB
-Status = dict[str, tuple[int, int, int] | None]
+#: (inode, size, time of change in ns) of a regular file, or None if there is no such file.
+FileStatus = tuple[int, int, int] | None
+Status = dict[str, FileStatus]
 #: Where tensors lie, in order of preference: the single file, the index of several, and their reader.
 _FORMATS = (
     ("model.safetensors", "model.safetensors.index.json", safetensors.open_file),
@@ -105,7 +107,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise FileError(f"the checkpoint {folder} is a file; name the folder that holds config.json",
                         code="file.not_regular")  # fmt: skip
     whole = [name for single, index, _ in _FORMATS for name in (single, index)]
-    status = {name: _status(folder, name) for name in (*SIDE_FILES, *whole)}
+    status = {name: status_of(folder / name) for name in (*SIDE_FILES, *whole)}
     for name in status:
         locate(folder, name)
     config = read_json(folder, "config.json")
@@ -116,7 +118,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if index is None and status[single] is None:
         _refuse_missing(folder)
     shards = [single] if index is None else _shards(folder, index, index_name)
-    status |= {shard: _status(folder, shard) for shard in shards}
+    status |= {shard: status_of(folder / shard) for shard in shards}
     shown = {shard: read(folder / shard) for shard in shards}
     tensors = _join_shards(shown, index_name, None if index is None else index["weight_map"])
     ours = {*SIDE_FILES, index_name, *shards}
@@ -236,13 +238,13 @@ def _refuse_missing(folder: Path) -> NoReturn:
 
 def unchanged(checkpoint: Checkpoint) -> bool:
     """Whether every file is still the one that was opened, and none has appeared."""
-    return {name: _status(checkpoint.folder, name) for name in checkpoint.status} == checkpoint.status
+    return {name: status_of(checkpoint.folder / name) for name in checkpoint.status} == checkpoint.status
 
 
-def _status(folder: Path, name: str) -> tuple[int, int, int] | None:
-    """(inode, size, time of change in ns), or None if there is no such file."""
+def status_of(path: Path) -> FileStatus:
+    """What tells a file from a changed one."""
     try:
-        status = os.stat(folder / name)
+        status = os.stat(path)
     except OSError:
         return None
     return (status.st_ino, status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None

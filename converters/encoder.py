@@ -17,12 +17,11 @@ from numpy.typing import NDArray
 
 from edgevlm.converters import limits, smoothing, verify
 from edgevlm.converters.calibration import Pictures, built_in, find_pictures, of_files
-from edgevlm.converters.mapping import Source
 from edgevlm.converters.onnx_products import EncoderQuant, Sample, Treatment
 from edgevlm.converters.onnx_vision import Weights, build_encoder
+from edgevlm.converters.prepared import Values
 from edgevlm.converters.resolve import ResolvedVision
 from edgevlm.converters.smoothing import Choice
-from edgevlm.converters.weights import as_float32
 from edgevlm.encoder import Encoder
 from edgevlm.errors import UsageError
 from edgevlm.spec import ImageSpec
@@ -88,8 +87,8 @@ def write(
     path: Path,
     planned: EncoderPlan,
     vision: ResolvedVision,
-    tower: Mapping[str, Source],
-    connector: Mapping[str, Source],
+    tower: Values,
+    connector: Values,
 ) -> dict[str, Any]:
     """Write the graph at `path` and its data beside it.
 
@@ -174,13 +173,13 @@ def _remove(path: Path) -> None:
 class Reader:
     """Weights by our own names, as float32; remembers which were asked for."""
 
-    def __init__(self, sources: Mapping[str, Source]) -> None:
-        self._sources = sources
-        self.unread = set(sources)
+    def __init__(self, values: Values) -> None:
+        self._values = values
+        self.unread = set(values)
 
     def __call__(self, name: str) -> NDArray[np.float32]:
         self.unread.discard(name)
-        return as_float32(self._sources[name].tensor)
+        return self._values[name]()
 
 
 def _check_all_used(*readers: Reader) -> None:

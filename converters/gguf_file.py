@@ -6,6 +6,7 @@ The writer leaves out everything that differs between two runs (dates, paths, id
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevlm.errors import need
+from edgevlm.errors import CheckpointError, need
+from edgevlm.files import open_regular
+from edgevlm.gguf import GGUFHeader
 from edgevlm.storage import storage_errors
 
 #: Stored type -> the numpy type that carries its bits.
@@ -101,6 +104,29 @@ def read_tensors(path: Path) -> Iterator[StoredTensor]:
         yield StoredTensor(tensor.name, shape, tensor.tensor_type.name, int(tensor.n_bytes), tensor.data)
 
 
+def map_tensors(header: GGUFHeader) -> dict[str, StoredTensor]:
+    """The tensors of a file whose header was checked, by name: views of the mapped file, nothing is read.
+
+    Raises:
+        FileError: the file cannot be read.
+        CheckpointError: `checkpoint.invalid`, the file became shorter.
+    """
+    with open_regular(header.path) as (file, size):
+        end = max((header.data_offset + tensor.offset + tensor.nbytes for tensor in header.tensors), default=1)
+        if size < end:
+            raise CheckpointError(f"{header.path} changed while it was being read", code="checkpoint.invalid")
+        data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    found = {}
+    for tensor in header.tensors:
+        kind = type_name(tensor.type_id)
+        start = header.data_offset + tensor.offset
+        bits = data[start : start + tensor.nbytes]
+        bits = bits.view(PLAIN_TYPES[kind]) if kind in ("F32", "F16") else bits  # all others are bytes to `values`
+        bits = bits.reshape(*tensor.shape[:-1], -1)
+        found[tensor.name] = StoredTensor(tensor.name, tensor.shape, kind, tensor.nbytes, bits)
+    return found
+
+
 def values(tensor: StoredTensor, row_step: int = 1) -> NDArray[np.float32]:
     """Each `row_step`-th row of a stored tensor as float32 [rows, columns]."""
     gguf = need("gguf", "convert")
@@ -118,6 +144,11 @@ def block_size(kind: str) -> int:
 def type_id(kind: str) -> int:
     """enum ggml_type."""
     return int(need("gguf", "convert").GGMLQuantizationType[kind])
+
+
+def type_name(type_id: int) -> str:
+    """The reverse of `type_id`."""
+    return str(need("gguf", "convert").GGMLQuantizationType(type_id).name)
 
 
 def nbytes(shape: tuple[int, ...], kind: str) -> int:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from edgevlm import llama
-from edgevlm.converters.sections import unsupported
+from edgevlm.converters.sections import invalid, unsupported
 from edgevlm.errors import GGUFError
 from edgevlm.gguf import read_header
 
@@ -44,3 +44,24 @@ def check_vocabulary(path: Path, stops: tuple[int, ...]) -> None:
         native.llama_model_free(model)
     if ignored:
         raise unsupported(f"generation_config.json ends answers at {list(stops)}, llama.cpp would run past {ignored}")
+
+
+def check_weights(path: Path) -> None:
+    """Load the whole model with llama.cpp, which looks at every weight: names, shapes, NaN and infinity.
+
+    The file is mapped and nothing of it is copied.
+
+    Raises:
+        CheckpointError: `checkpoint.invalid`.
+    """
+    native = llama.library()
+    params = native.llama_model_default_params()
+    params.check_tensors = True
+    params.use_extra_bufts = False  # repacking would copy the weights
+    params.n_gpu_layers = 0
+    params.load_mode = native.LLAMA_LOAD_MODE_MMAP
+    llama.clear_log()
+    model = native.llama_model_load_from_file(os.fsencode(path), params)
+    if not model:
+        raise invalid(f"llama.cpp refuses the text model: {llama.last_log()}")
+    native.llama_model_free(model)

@@ -57,12 +57,12 @@ def map_tensors(family: Family, resolved: Resolved, tensors: Mapping[str, Tensor
     sizes = resolved.sizes
 
     def take(part: Part, prefixes: tuple[str, ...], blocks: int) -> dict[str, Source]:
-        wanted = dict(_wanted(part.weights, blocks, sizes))
+        wanted = dict(wanted_weights(part.weights, blocks, sizes))
         prefix = _spelling(prefixes, wanted, left)
         missing = [prefix + leaf for leaf in wanted if prefix + leaf not in left]
         if missing:
             raise CheckpointError(
-                f"the checkpoint lacks {_listed(missing)}; download it again or check config.json",
+                f"the checkpoint lacks {listed(missing)}; download it again or check config.json",
                 code="checkpoint.missing_tensor",
             )
         return {name: _source(left.pop(prefix + leaf), weight, sizes) for leaf, (name, weight) in wanted.items()}
@@ -78,16 +78,16 @@ def map_tensors(family: Family, resolved: Resolved, tensors: Mapping[str, Tensor
     unexpected = sorted(set(left) - set(unused))
     if unexpected:
         raise CheckpointError(
-            f"the checkpoint has tensors that the family {family.name} does not use: {_listed(unexpected)}",
+            f"the checkpoint has tensors that the family {family.name} does not use: {listed(unexpected)}",
             code="checkpoint.unexpected_tensor",
         )
     return Mapped(tower=tower, connector=connector, decoder=decoder, head=head, unused=unused)
 
 
-def _wanted(
+def wanted_weights(
     weights: Mapping[str, Weight], blocks: int, sizes: Mapping[str, int]
 ) -> Iterator[tuple[str, tuple[str, Weight]]]:
-    """(leaf in the checkpoint, (our name, declaration)), once for each block where the leaf has `{i}`."""
+    """(leaf in the source, (our name, declaration)), once for each block where the leaf has `{i}`."""
     for leaf, weight in weights.items():
         if weight.when and not sizes[weight.when]:
             continue
@@ -157,6 +157,7 @@ def _matches(leaf: str, patterns: tuple[str, ...]) -> bool:
     return leaf in patterns or any(fnmatch.fnmatchcase(general, pattern) for pattern in patterns)
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """Names for an error: the first few, and how many more there are."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more

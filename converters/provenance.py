@@ -21,8 +21,13 @@ def provenance(checkpoint: Checkpoint, *, source: str, arguments: dict[str, Any]
         "source_files": checkpoint.hashes(),
         "model_card": _model_card(checkpoint),
         "arguments": arguments,
-        "tools": {name: _version(name) for name in _TOOLS},
+        "tools": tool_versions(),
     }
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of what a conversion depends on."""
+    return {name: _version(name) for name in _TOOLS}
 
 
 def general_keys(checkpoint: Checkpoint, name: str, origin: Origin | None) -> dict[str, str]:

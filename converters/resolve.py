@@ -114,7 +114,7 @@ def resolve(
     vision, image_token, tile_texts = None, None, None
     if family.vision is not None:
         assert processor is not None
-        vision = _resolve_vision(family, family.vision, top, processor, tower, n_embd=decoder.n_embd)
+        vision = resolve_vision(family, top, processor, tower, n_embd=decoder.n_embd)
         image_token, tile_texts = _image_token(family.vision, top, tokens), family.vision.tile_texts
     spec = ModelSpec(
         name=name,
@@ -128,9 +128,9 @@ def resolve(
             between_parts=family.vision.between_parts if family.vision else None,
         ),
     )
-    _check_ranges(spec)
+    check_ranges(spec)
     llama = _resolve_llama(top, text)
-    sizes = _decoder_sizes(decoder, llama) | (_vision_sizes(vision) if vision else {})
+    sizes = _decoder_sizes(decoder, llama) | (vision_sizes(vision) if vision else {})
     return Resolved(spec=spec, llama=llama, vision=vision, sizes=sizes)
 
 
@@ -158,7 +158,7 @@ def _context_length(family: Family, text: Section) -> int:
     return min(longest, text.size("sliding_window"))
 
 
-def _check_ranges(spec: ModelSpec) -> None:
+def check_ranges(spec: ModelSpec) -> None:
     """Refuse numbers that the runtime would refuse to read back from bundle.json."""
     try:
         specs.from_json(ModelSpec, json.loads(json.dumps(specs.to_json(spec))))
@@ -179,7 +179,7 @@ def _decoder_sizes(decoder: DecoderSpec, llama: LlamaSizes) -> dict[str, int]:
     }
 
 
-def _vision_sizes(vision: ResolvedVision) -> dict[str, int]:
+def vision_sizes(vision: ResolvedVision) -> dict[str, int]:
     """The names in which families give a tower's and a connector's shapes."""
     encoder = vision.encoder
     return {
@@ -203,20 +203,28 @@ def _check_decoder_kind(family: Family, where: str, text: Any) -> None:
         raise unsupported(f"{where}.model_type is {found!r}, the family {family.name} has {' or '.join(known)}")
 
 
-def _resolve_vision(
-    family: Family,
-    declared: Vision,
-    top: Section,
-    processor: Mapping[str, Any],
-    own: Mapping[str, Any] | None,
-    *,
-    n_embd: int,
+def resolve_vision(
+    family: Family, top: Section, processor: Mapping[str, Any], own: Mapping[str, Any] | None, *, n_embd: int
 ) -> ResolvedVision:
+    """Resolve tower, connector and image processor.
+
+    Args:
+        family: One with a `vision`.
+        top: The top level of config.json.
+        processor: As in `resolve`.
+        own: config.json of the tower's own checkpoint, or None if the tower is a section of `top`.
+        n_embd: Width of the embeddings that the decoder takes.
+
+    Raises:
+        CheckpointError: as in `resolve`.
+    """
+    declared = family.vision
+    assert declared is not None
     data = top.get(declared.section) if own is None else own.get(declared.section, own)
     tower = _find_tower(family, declared, data)
     if declared.post_norm and all(weight.when != "post_norm" for weight in tower.weights.values()):
         raise unsupported(f"the family {family.name} wants the last norm, which no state of {tower.model_type} has")
-    section = Section(f"config.json: {declared.section}", data, tower.keys)
+    section = Section(f"{top.where}: {declared.section}", data, tower.keys)
     positions = (section.size("image_size") // section.size("patch_size")) ** 2 + tower.class_token
     cut_first = _strategy(declared, top) == "default"
     if "mm_hidden_size" in family.keys.read and top.get("mm_hidden_size") not in (None, section.size("hidden_size")):
@@ -257,13 +265,13 @@ def _resolve_encoder(
     factor = top.size("scale_factor") if "scale_factor" in declared.connector.keys.read else 1
     grid = vision.size("image_size") // vision.size("patch_size")
     if grid % factor:
-        raise invalid(f"config.json: scale_factor {factor} does not divide the tower's grid of {grid}x{grid} patches")
+        raise invalid(f"{top.where}: scale_factor {factor} does not divide the tower's grid of {grid}x{grid} patches")
     n_tokens //= factor**2
     if declared.connector.kind == "resampler":
         n_tokens = _queries(top, n_embd)
     said = top.get("image_seq_length") if "image_seq_length" in family.keys.read else None
     if said is not None and (type(said), said) != (int, n_tokens):
-        raise invalid(f"config.json says image_seq_length {said!r}, the tower gives {n_tokens} positions")
+        raise invalid(f"{top.where} says image_seq_length {said!r}, the tower gives {n_tokens} positions")
     has_activation = "projector_hidden_act" in declared.connector.keys.read
     return EncoderSpec(
         tower=tower.kind,  # type: ignore[arg-type]

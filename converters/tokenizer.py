@@ -7,7 +7,7 @@ library runs it (`tokenizer_json.py`); only where there is none, SentencePiece's
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,24 +110,30 @@ def read_vocabulary(
     )
 
 
-def choose_template(family: Family, config: Mapping[str, Any], tokens: Tokens, name: str | None) -> str | None:
-    """The family's chat template for a checkpoint that carries none: the named one, or the first that fits.
+def choose_template(family: Family, texts: Collection[str], name: str | None, *, wraps: bool) -> str | None:
+    """The family's chat template for a model that carries none: the named one, or the first that fits.
+
+    Args:
+        family: The model's.
+        texts: Its tokens.
+        name: Of the template, or None for any.
+        wraps: Whether the two tokens of `Vision.wrap` stand around a picture.
 
     Raises:
         UsageError: there is none of that name.
         CheckpointError: `checkpoint.invalid`, tokens that stand around a picture are missing.
     """
-    texts = set(tokens.texts.values())
-    fitting = [one for one in family.templates if (one.name == name if name else one.token in {"", *texts})]
+    known = {*texts, ""}
+    fitting = [one for one in family.templates if (one.name == name if name else one.token in known)]
     if name and not fitting:
-        known = ", ".join(one.name for one in family.templates) or "none"
-        raise UsageError(f"the family {family.name} has no template {name!r}; it has {known}")
+        names = ", ".join(one.name for one in family.templates) or "none"
+        raise UsageError(f"the family {family.name} has no template {name!r}; it has {names}")
     source = fitting[0].source if fitting else None
     wrap = family.vision.wrap if family.vision else None
-    if source is None or wrap is None or config.get(wrap[0]) is not True:
+    if source is None or wrap is None or not wraps:
         return source
     _, before, after = wrap
-    if not {before, after} <= texts:
+    if not {before, after} <= known:
         raise invalid(f"{wrap[0]} is true, but the tokenizer lacks {before} or {after}")
     # llava/train/train.py: the two tokens enclose the picture, the line break follows
     return source.replace("<image>", f"{before}<image>{after}")

@@ -137,11 +137,20 @@ def ask(
 
 @app.command()
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(show_default=False, help="Folder of a Hugging Face checkpoint.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(show_default=False, help="Folder of a Hugging Face checkpoint, or a text model's .gguf.")
+    ],
     out: Annotated[Path, typer.Argument(show_default=False, help="Folder of the bundle to make.")],
+    mmproj: Annotated[
+        Path | None,
+        typer.Option("--mmproj", metavar="FILE", help="llama.cpp's file with the vision part of that .gguf."),
+    ] = None,
     decoder_quant: Annotated[
-        str, typer.Option("--decoder-quant", metavar="TYPE", help="Type of the language model's weights, or auto.")
-    ] = "q4_k_m",
+        str | None,
+        typer.Option(
+            "--decoder-quant", metavar="TYPE", help="Type of the language model's weights, or auto. [default: q4_k_m]"
+        ),
+    ] = None,
     device: Annotated[
         str | None,
         typer.Option(
@@ -187,7 +196,7 @@ def convert(
         ),
     ] = 2048,
 ) -> None:
-    """Convert a Hugging Face checkpoint to a bundle.
+    """Convert a Hugging Face checkpoint, or a text .gguf with its mmproj, to a bundle.
 
     Works without torch, one tensor at a time, and leaves nothing behind if it fails.
 
@@ -199,6 +208,7 @@ def convert(
       edgevlm convert ./checkpoint ./bundle --decoder-quant auto --device pi5
       edgevlm convert ./checkpoint ./bundle --decoder-type ffn_down=q6_k
       edgevlm convert ./llava-v1.5-7b ./bundle --tower ./clip-large-336
+      edgevlm convert ./SmolVLM-Q8_0.gguf ./bundle --mmproj ./mmproj-f16.gguf
     """
     from edgevlm import describe
     from edgevlm.converters import convert as convert_checkpoint
@@ -208,6 +218,7 @@ def convert(
     manifest = convert_checkpoint(
         checkpoint,
         out,
+        mmproj=mmproj,
         decoder_quant=decoder_quant,
         encoder_quant=encoder_quant,
         device=device,

@@ -118,8 +118,8 @@ def quantization_rows(manifest: Manifest) -> Rows:
 
 def fidelity_rows(fidelity: dict[str, Any]) -> Rows:
     """What the conversion cost, one line for each comparison; figures that are absent are left out."""
-    rows = []
     decoder = _object(fidelity.get("decoder"))
+    rows = [("fidelity", f"decoder's weights: {decoder['kept']}")] if isinstance(decoder.get("kept"), str) else []
     sections = {
         "decoder's weights": decoder,
         "decoder's predictions": decoder.get("predictions"),

@@ -24,7 +24,7 @@ _KV_LIMIT = 4096
 _TENSOR_LIMIT = 65536
 _STRINGS_LIMIT = 1 << 20
 #: Arrays that are looked at; of all others (merges above all) only the lengths are walked, and None is kept.
-_KEPT_ARRAYS = {f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "scores")}
+_KEPT_ARRAYS = frozenset({f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "scores")})
 _KEY = re.compile(r"[A-Za-z0-9_.\-]{1,256}")
 
 # enum gguf_type -> struct format of a scalar; 8 is a string, 9 an array
@@ -53,12 +53,22 @@ class TensorInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class GGUFHeader:
-    """The checked header: metadata by key (None for arrays that were skipped), tensors in file order, and where the
-    data section begins."""
+    """The checked header.
+
+    Attributes:
+        path: The file.
+        metadata: Values by key; None for arrays that were skipped.
+        places: Where each key lies with its value, as offsets of first byte and end.
+        tensors: In file order.
+        infos: Where the list of tensors lies.
+        data_offset: Where the tensors' data begins.
+    """
 
     path: Path
     metadata: dict[str, Any]
+    places: dict[str, tuple[int, int]]
     tensors: tuple[TensorInfo, ...]
+    infos: tuple[int, int]
     data_offset: int
 
     @property
@@ -87,8 +97,12 @@ def read_header(path: str | os.PathLike[str]) -> GGUFHeader:
     return header
 
 
-def read_container(path: str | os.PathLike[str]) -> GGUFHeader:
+def read_container(path: str | os.PathLike[str], kept_arrays: frozenset[str] = _KEPT_ARRAYS) -> GGUFHeader:
     """Read and check the header of a GGUF file that need not be a model: the format's rules alone.
+
+    Args:
+        path: The file.
+        kept_arrays: Keys of arrays whose values are wanted; of others only the lengths are walked.
 
     Raises:
         FileError: there is no such regular file, or it cannot be read.
@@ -97,7 +111,7 @@ def read_container(path: str | os.PathLike[str]) -> GGUFHeader:
     path = Path(path)
     with open_regular(path) as (file, size):
         try:
-            return _parse(_Cursor(path, file.fileno(), size))
+            return _parse(_Cursor(path, file.fileno(), size, kept_arrays))
         except struct.error as error:
             raise GGUFError(f"{path} is not a usable GGUF file: {error}", code="gguf.invalid") from error
 
@@ -105,8 +119,8 @@ def read_container(path: str | os.PathLike[str]) -> GGUFHeader:
 class _Cursor:
     """Sequential reads from a file descriptor, never past the end of the file or the header limit."""
 
-    def __init__(self, path: Path, fd: int, size: int) -> None:
-        self.path, self.size, self.position = path, size, 0
+    def __init__(self, path: Path, fd: int, size: int, kept_arrays: frozenset[str]) -> None:
+        self.path, self.size, self.position, self.kept_arrays = path, size, 0, kept_arrays
         self._fd, self._window, self._base = fd, b"", 0
 
     def fail(self, what: str, code: str = "gguf.invalid") -> NoReturn:
@@ -165,18 +179,25 @@ def _parse(cursor: _Cursor) -> GGUFHeader:
     if n_kv > _KV_LIMIT or n_tensors > _TENSOR_LIMIT:
         cursor.fail(f"{n_kv} keys and {n_tensors} tensors are more than {_KV_LIMIT} and {_TENSOR_LIMIT}")
     metadata: dict[str, Any] = {}
+    places: dict[str, tuple[int, int]] = {}
     for _ in range(n_kv):
+        start = cursor.position
         key = cursor.string()
         if not _KEY.fullmatch(key) or key in metadata:
             cursor.fail(f"key {key[:80]!r} is malformed or appears twice")
         metadata[key] = _value(cursor, key, cursor.scalar("I"))
+        places[key] = (start, cursor.position)
+    start = cursor.position
     tensors = [_tensor(cursor) for _ in range(n_tensors)]
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or not 8 <= alignment <= 4096 or alignment & (alignment - 1):
         cursor.fail(f"general.alignment is {alignment!r}, not a power of two between 8 and 4096")
+    infos = (start, cursor.position)
     data_offset = -(-cursor.position // alignment) * alignment
     _check_layout(cursor, tensors, data_offset, alignment)
-    return GGUFHeader(path=cursor.path, metadata=metadata, tensors=tuple(tensors), data_offset=data_offset)
+    return GGUFHeader(
+        path=cursor.path, metadata=metadata, places=places, tensors=tuple(tensors), infos=infos, data_offset=data_offset
+    )
 
 
 def _value(cursor: _Cursor, key: str, kind: int) -> Any:
@@ -188,7 +209,7 @@ def _value(cursor: _Cursor, key: str, kind: int) -> Any:
         cursor.fail(f"{key} has the unknown type {kind}")
     item, count = cursor.scalar("I"), cursor.scalar("Q")
     if item in _SCALARS:
-        if key in _KEPT_ARRAYS and count <= _STRINGS_LIMIT:
+        if key in cursor.kept_arrays and count <= _STRINGS_LIMIT:
             return cursor.array(_SCALARS[item], count)
         cursor.skip(struct.calcsize("<" + _SCALARS[item]) * count)
         return None
@@ -196,7 +217,7 @@ def _value(cursor: _Cursor, key: str, kind: int) -> Any:
         cursor.fail(f"{key} is an array of type {item}; only numbers and strings are allowed")
     if count > _STRINGS_LIMIT:
         cursor.fail(f"{key} has {count} strings, at most {_STRINGS_LIMIT} are allowed")
-    if key in _KEPT_ARRAYS:
+    if key in cursor.kept_arrays:
         return [cursor.string() for _ in range(count)]
     for _ in range(count):
         cursor.skip(cursor.string_length())

@@ -30,7 +30,7 @@ STAGES = {"_arrays", "_kernels", "bundle", "decoder", "describe", "encoder", "fr
           "template", "tiling"}  # fmt: skip
 CONVERTERS_MAY = {
     "errors", "files", "spec", "bundle", "storage", "llama", "encoder", "decoder", "families", "gguf",
-    "image", "preprocess",
+    "image", "preprocess", "prompt",
 }  # fmt: skip
 
 

@@ -75,7 +75,7 @@ def test_the_header_says_what_each_token_is(pair):
 
 def read(folder):
     """The vocabulary, without writing anything."""
-    return converters._read(folder, "x", None).vocabulary
+    return converters.huggingface.read(folder, "x", None).vocabulary
 
 
 def changed(tmp_path, change, kind="llama-bpe", file="tokenizer.json"):

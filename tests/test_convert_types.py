@@ -53,13 +53,13 @@ def test_no_value_of_the_wrong_type_escapes(tmp_path, kind, file):
         for value in WRONG:
             (folder / file).write_text(json.dumps(with_value(data, path, value)))
             try:
-                converters._read(folder, "x", None)
+                converters.huggingface.read(folder, "x", None)
             except EdgeVLMError:
                 refused.add(path)
     assert places
     assert refused
     (folder / file).write_text(json.dumps(data))
-    converters._read(folder, "x", None)
+    converters.huggingface.read(folder, "x", None)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_values_that_only_look_right_are_refused(tmp_path, file, change):
     folder = tiny.copy(Variant(), tmp_path / "model")
     tiny.rewrite_json(folder / file, lambda data: {**data, **change})
     with pytest.raises(CheckpointError, match=next(iter(change))):
-        converters._read(folder, "x", None)
+        converters.huggingface.read(folder, "x", None)
 
 
 @pytest.mark.parametrize("name", ["README.md", "chat_template.jinja"])
@@ -94,7 +94,7 @@ def test_half_a_surrogate_pair_is_no_text(tmp_path):
     folder = tiny.copy(Variant(), tmp_path / "model")
     tiny.rewrite_json(folder / "tokenizer_config.json", lambda data: {**data, "chat_template": "\ud800"})
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json"):
-        converters._read(folder, "x", None)
+        converters.huggingface.read(folder, "x", None)
 
 
 # links
@@ -107,7 +107,7 @@ def test_a_link_out_of_the_checkpoint_is_refused(tmp_path, name):
     shutil.move(folder / name, tmp_path / "secret")
     (folder / name).symlink_to("../secret")
     with pytest.raises(CheckpointError, match=rf"{name} is a link out of the checkpoint") as caught:
-        converters._read(folder, "x", None)
+        converters.huggingface.read(folder, "x", None)
     assert caught.value.code == "checkpoint.unsupported"
 
 
@@ -120,7 +120,10 @@ def test_links_of_a_hugging_face_cache_are_followed(tmp_path):
         path.rename(blobs / str(i))
         path.symlink_to(f"../../blobs/{i}")
     (tmp_path / "model").symlink_to(snapshot)
-    assert converters._read(tmp_path / "model", "x", None).checkpoint.text("chat_template.jinja") == tiny.TEMPLATE
+    assert (
+        converters.huggingface.read(tmp_path / "model", "x", None).checkpoint.text("chat_template.jinja")
+        == tiny.TEMPLATE
+    )
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.json"])

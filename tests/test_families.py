@@ -17,12 +17,14 @@ from edgevlm.converters import convert, onnx_vision
 from edgevlm.converters.transforms import TRANSFORMS
 from edgevlm.encoder import Encoder
 from edgevlm.errors import CheckpointError
+from edgevlm.families.mmproj import KEYS, TENSORS
 from edgevlm.families.parts import LINEAR
 
 FOLDER = Path(families.__path__[0])
 DECLARATIONS = [
     FOLDER / "parts.py",
     FOLDER / "templates.py",
+    FOLDER / "mmproj.py",
     *(FOLDER / f"{name}.py" for name in families.module_names()),
 ]
 
@@ -72,6 +74,35 @@ def test_everything_that_a_family_names_exists(family):
         for leaf, weight in part.weights.items():
             assert ("{i}" in leaf) == ("{i}" in weight.to)
             assert not weight.transform or weight.transform.partition(":")[0] in TRANSFORMS
+
+
+@pytest.mark.parametrize("family", [one for one in families.families() if one.mmproj], ids=lambda family: family.name)
+def test_what_a_family_says_of_mmproj_files_fits_the_family(family):
+    for declared in family.mmproj:
+        assert declared.tower in family.vision.towers
+        assert declared.processor in family.vision.processors
+        assert {weight.to for weight in declared.tower.weights.values()} <= set(TENSORS)
+        ours, theirs = (sorted((weight.to, weight.shape) for weight in part.weights.values())
+                        for part in (family.vision.connector, declared.connector))  # fmt: skip
+        assert ours == theirs
+        known = {*family.keys.read, *family.vision.connector.keys.read, *family.vision.connector.keys.fixed}
+        assert {*declared.config, *declared.config_keys} <= known
+        assert {*declared.config_keys.values()} <= {*KEYS.read, *declared.keys.read}
+        assert declared.layer_norm_eps == declared.tower.keys.read["layer_norm_eps"]
+
+
+def test_a_projector_is_found_by_type_class_token_and_tensors():
+    both, one = ["mm.0.weight", "mm.0.bias", "mm.2.weight", "mm.2.bias"], ["mm.0.weight", "mm.0.bias"]
+    cases = {"llava_mlp": ("mlp", [*both, "v.class_embd"]), "llava_linear": ("mlp", [*one, "v.class_embd"]),
+             "llava": ("mlp", both), "smolvlm": ("idefics3", ["mm.model.fc.weight"])}  # fmt: skip
+    assert {name: families.find_mmproj(*case)[0].name for name, case in cases.items()} == {name: name for name in cases}
+    assert families.find_mmproj("mlp", [*both[:3], "v.class_embd"])[0].name == "llava_mlp"  # one is missing
+    assert families.find_mmproj("mlp", ["mm.weight", "mm.bias", "v.class_embd"])[0].name == "llava_linear"
+    for projector in ("qwen2vl_merger", "ldp", "janus_pro", ""):
+        with pytest.raises(CheckpointError, match=r"supported are idefics3, mlp$"):
+            families.find_mmproj(projector, both)
+    with pytest.raises(CheckpointError, match="'idefics3' behind a tower with a class token"):
+        families.find_mmproj("idefics3", ["v.class_embd"])
 
 
 def test_a_new_family_of_known_parts_is_one_declaration(tmp_path):

@@ -26,7 +26,7 @@ BLOCK = {name: width for name, width in WIDTHS.items() if name.startswith("blk."
 
 def widths_of(variant):
     path = Path(tiny.shared(variant)[0])
-    sources = converters.decoder.gguf_decoder.sources(converters._read(path, "x", None).mapped)
+    sources = converters.decoder.gguf_decoder.sources(converters.huggingface.read(path, "x", None).mapped)
     return {name: source.tensor.shape[-1] for name, source in sources.items() if len(source.tensor.shape) > 1}
 
 

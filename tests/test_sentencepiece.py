@@ -45,7 +45,7 @@ def write_model(folder, change=lambda found: found, **changes):
 
 
 def read(folder):
-    return converters._read(folder, "x", None).vocabulary
+    return converters.huggingface.read(folder, "x", None).vocabulary
 
 
 def test_it_gives_the_ids_of_tokenizers(folder, tmp_path):

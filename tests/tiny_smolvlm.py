@@ -50,6 +50,7 @@ class Variant:
     split: bool = True
     rows: bool = True
     side_px: int = 56
+    hidden: int = 48
     factor: int = 2
     longest_px: int = 112
     released: bool = False
@@ -111,7 +112,7 @@ def make_tokenizer(*, rows: bool) -> transformers.PreTrainedTokenizerFast:
 
 
 def _vision(variant: Variant) -> dict[str, Any]:
-    sizes = {"hidden_size": 48, "num_attention_heads": 3, "image_size": variant.side_px, "patch_size": 14}
+    sizes = {"hidden_size": variant.hidden, "num_attention_heads": 3, "image_size": variant.side_px, "patch_size": 14}
     return sizes if variant.released else {**sizes, "intermediate_size": 80, "num_hidden_layers": 3}
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from edgevlm.errors import CheckpointError
-from edgevlm.families.schema import Family
+from edgevlm.families.schema import Family, Mmproj
 
-_NOT_FAMILIES = {"schema", "parts", "templates"}
+_NOT_FAMILIES = {"schema", "parts", "templates", "mmproj"}
 
 
 def module_names() -> tuple[str, ...]:
@@ -50,6 +50,39 @@ def find(
         f"supported are {', '.join(supported)}",
         code="checkpoint.unsupported",
     )
+
+
+def find_mmproj(
+    projector: str, tensors: Collection[str], known: tuple[Family, ...] | None = None
+) -> tuple[Family, Mmproj]:
+    """The family whose tower and connector a llama.cpp `mmproj` file holds, and its declaration of such files.
+
+    Args:
+        projector: What the file says as `clip.projector_type`.
+        tensors: Names of its tensors.
+        known: The families to search; every declared one by default.
+
+    Raises:
+        CheckpointError: `checkpoint.unsupported`, listing what is supported.
+    """
+    declared = [(family, one) for family in (families() if known is None else known) for one in family.mmproj]
+    class_token = int("v.class_embd" in tensors)
+    fitting = [pair for pair in declared if (pair[1].projector, pair[1].tower.class_token) == (projector, class_token)]
+    if fitting:
+        return max(fitting, key=lambda pair: _overlap(pair[1], tensors))
+    supported = sorted({one.projector for _, one in declared})
+    tower = f" behind a tower with{'' if class_token else 'out'} a class token" if projector in supported else ""
+    raise CheckpointError(
+        f"the mmproj has the projector {projector[:40]!r}{tower}; supported are {', '.join(supported)}",
+        code="checkpoint.unsupported",
+    )
+
+
+def _overlap(declared: Mmproj, tensors: Collection[str]) -> tuple[int, int]:
+    """How well a file has the tensors of a connector: those that are there, less those that are not."""
+    found = max(sum(prefix + leaf in tensors for leaf in declared.connector.weights)
+                for prefix in declared.connector_prefixes)  # fmt: skip
+    return 2 * found - len(declared.connector.weights), found
 
 
 def _has(config: Mapping[str, Any], needs: Mapping[str, tuple[Any, ...]]) -> bool:

@@ -3,6 +3,7 @@
 Prefixes: the released files, what transformers 5 saves, and its in-memory names, in that order.
 """
 
+from edgevlm.families.mmproj import LLAVA_SIGLIP
 from edgevlm.families.parts import (
     BOOKKEEPING,
     CLIP,
@@ -52,4 +53,5 @@ FAMILY = Family(
         feature_strategy="vision_feature_select_strategy",
         image_token=("image_token_index", "image_token_id"),
     ),
+    mmproj=(LLAVA_SIGLIP,),
 )

@@ -3,6 +3,7 @@
 The language model's keys and tensors lie at the top, the tower in the repository that `mm_vision_tower` names.
 """
 
+from edgevlm.families.mmproj import LLAVA_MLP
 from edgevlm.families.parts import CLIP, CLIP_PROCESSOR, LLAMA, MM_KEYS, MM_MLP
 from edgevlm.families.schema import Family, Vision
 from edgevlm.families.templates import LLAVA_LLAMA3, LLAVA_V0, LLAVA_V1
@@ -32,4 +33,5 @@ FAMILY = Family(
         aspect="image_aspect_ratio",
         wrap=("mm_use_im_start_end", "<im_start>", "<im_end>"),
     ),
+    mmproj=(LLAVA_MLP,),
 )

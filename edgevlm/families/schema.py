@@ -149,6 +149,44 @@ class Vision:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mmproj:
+    """How llama.cpp's `mmproj` files hold a family's tower and connector.
+
+    Of several for one `projector`, the class token and the connector's tensors decide.
+
+    Attributes:
+        projector: Value of `clip.projector_type`.
+        tower: What the tensors named in `families/mmproj.py` make.
+        connector, connector_prefixes: The same connector as the family's, under the names in such a file.
+        processor: The image processor that the model was trained with; the file gives sizes, mean and deviation.
+        layer_norm_eps: The tower's own; converters have written others.
+        activations: What the file says (`use_gelu`, or nothing: an empty text) -> the tower's `hidden_act`.
+        keys: Keys of the file beside those that every one may have.
+        config: What config.json says in this family, where such a file is silent.
+        config_keys: Key of config.json -> key of the file, which counts if it is there.
+        drops_last: Whether the tower's last block is of no use; most converters leave it out, some keep it.
+        whole_tower: Blocks of towers by their width, to know those that were kept.
+        unused: Patterns (`*` matches anything) of tensors that never reach the output.
+        assumes: What the file does not say and this declaration decides, for the user to know; empty for nothing.
+    """
+
+    projector: str
+    tower: Tower
+    connector: Part
+    connector_prefixes: tuple[str, ...]
+    processor: Processor
+    layer_norm_eps: float
+    activations: Mapping[str, str]
+    keys: Keys = Keys()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    config_keys: Mapping[str, str] = field(default_factory=dict)
+    drops_last: bool = False
+    whole_tower: Mapping[int, int] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+    assumes: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Template:
     """A chat template. It fits a vocabulary that has `token`, or any if that is empty; `name` asks for it."""
 
@@ -185,6 +223,7 @@ class Family:
         templates: For checkpoints without a chat template, the first that fits.
         vision: None for a family that knows text only.
         origin: None where the checkpoint's own files are all that is known.
+        mmproj: For files of llama.cpp that hold tower and connector, beside a text model that is a file of its own.
     """
 
     name: str
@@ -200,3 +239,4 @@ class Family:
     templates: tuple[Template, ...] = ()
     vision: Vision | None = None
     origin: Origin | None = None
+    mmproj: tuple[Mmproj, ...] = ()

@@ -1,5 +1,6 @@
 """SmolVLM and SmolVLM2 (256M, 500M, 2.2B): SigLIP tiles, pixel shuffle, a Llama decoder. Declarations only."""
 
+from edgevlm.families.mmproj import IDEFICS3_MMPROJ
 from edgevlm.families.parts import (
     BOOKKEEPING,
     IDEFICS3,
@@ -9,6 +10,7 @@ from edgevlm.families.parts import (
     PIXEL_SHUFFLE,
 )
 from edgevlm.families.schema import REQUIRED, Family, Keys, Vision
+from edgevlm.families.templates import SMOLVLM
 from edgevlm.spec import TileTexts
 
 # Left by the programs that trained the models. transformers never reads them; where one would change the mathematics,
@@ -65,4 +67,6 @@ FAMILY = Family(
         ),
         control_tokens=("<fake_token_around_image>",),
     ),
+    templates=(SMOLVLM,),
+    mmproj=(IDEFICS3_MMPROJ,),
 )

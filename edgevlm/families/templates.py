@@ -1,6 +1,7 @@
-"""Chat templates for checkpoints that carry none, after `llava/conversation.py` of LLaVA. Declarations only.
+"""Chat templates for models that carry none. Declarations only.
 
-They write what that code writes: system text, turns, and `<image>` where a picture goes, each followed by a line break.
+LLaVA's are after its `llava/conversation.py` and write what that code writes: system text, turns, and `<image>` where a
+picture goes, each followed by a line break. SmolVLM's writes what the one in its repositories writes.
 """
 
 from edgevlm.families.schema import Template
@@ -44,4 +45,12 @@ LLAVA_V0 = Template(
     "{{ system + '###' }}{% for m in turns %}"
     "{{ ('Human: ' if m['role'] == 'user' else 'Assistant: ') + say(m) + '###' }}{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}",
+)
+SMOLVLM = Template(
+    name="smolvlm",
+    token="<end_of_utterance>",
+    source="<|im_start|>{% for m in messages %}{{ m['role'] | capitalize + ':' }}{% if m['content'] is string %}"
+    "{{ ' ' + m['content'] }}{% else %}{% if m['content'][0]['type'] != 'image' %}{{ ' ' }}{% endif %}"
+    "{% for part in m['content'] %}{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endif %}"
+    "{{ '<end_of_utterance>\n' }}{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}",
 )

@@ -1,0 +1,156 @@
+"""A Hugging Face checkpoint as a source: its folder, understood as a model of one of the families."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from edgevlm import families
+from edgevlm.converters import decoder
+from edgevlm.converters.checkpoint import Checkpoint, open_checkpoint, unchanged
+from edgevlm.converters.decoder import DecoderPlan
+from edgevlm.converters.mapping import Mapped, Source, map_tensors
+from edgevlm.converters.prepared import Prepared, Report, Values
+from edgevlm.converters.provenance import general_keys, provenance
+from edgevlm.converters.resolve import Resolved, resolve
+from edgevlm.converters.tokenizer import Vocabulary, choose_template, read_tokens, read_vocabulary
+from edgevlm.converters.weights import as_float32
+from edgevlm.errors import CheckpointError, UsageError
+from edgevlm.families.schema import Family
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint that has been understood."""
+
+    checkpoint: Checkpoint
+    resolved: Resolved
+    vocabulary: Vocabulary
+    mapped: Mapped
+    tower: Checkpoint | None
+    family: Family
+
+    def origin(self) -> dict[str, Any]:
+        """Whose model this is, for the record, in our words and not in the checkpoint's."""
+        known = self.family.origin
+        return {"origin": {key: text for key, text in asdict(known).items() if text}} if known else {}
+
+    def check_unchanged(self) -> None:
+        """Refuse a checkpoint of which a file has changed since it was opened.
+
+        Raises:
+            CheckpointError: `checkpoint.invalid`.
+        """
+        for opened in (self.checkpoint, self.tower):
+            if opened is not None and not unchanged(opened):
+                raise CheckpointError(
+                    f"{opened.folder} changed while it was being read; convert it again", code="checkpoint.invalid"
+                )
+
+
+def read(
+    folder: Path,
+    name: str,
+    known_families: tuple[Family, ...] | None = None,
+    tower_folder: Path | None = None,
+    template: str | None = None,
+) -> Model:
+    """Read a checkpoint; its weights stay on the disk.
+
+    Args:
+        folder: The checkpoint.
+        name: What the model is called.
+        known_families: Families to choose from; every one by default.
+        tower_folder: The tower's own checkpoint, for a family whose tower lies apart.
+        template: The name of one of the family's chat templates, for a checkpoint that carries none.
+
+    Raises:
+        FileError, CheckpointError: the checkpoint cannot be converted.
+        UsageError: a tower or a template that does not go with it.
+    """
+    checkpoint = open_checkpoint(folder)
+    family = families.find(_architectures(checkpoint), known_families, checkpoint.config)
+    tower = _open_tower(family, checkpoint, tower_folder)
+    tokens = read_tokens(checkpoint)
+    vision = family.vision
+    processor = (tower or checkpoint).image_processor(optional=bool(vision.slices)) if vision else None
+    resolved = resolve(
+        family, checkpoint.config, processor, tokens.texts, name=name, tower=tower.config if tower else None
+    )
+    llama = resolved.llama
+    wrap = vision.wrap if vision else None
+    wraps = wrap is not None and checkpoint.config.get(wrap[0]) is True
+    vocabulary = read_vocabulary(
+        checkpoint,
+        tokens,
+        rows=resolved.spec.decoder.vocab,
+        ids={"bos": llama.bos, "eos": llama.eos, "padding": llama.pad},
+        template=choose_template(family, set(tokens.texts.values()), template, wraps=wraps),
+    )
+    tensors = dict(checkpoint.tensors)
+    if tower is not None:
+        tensors |= {f"tower:{name}": tensor for name, tensor in tower.tensors.items()}
+    return Model(checkpoint, resolved, vocabulary, map_tensors(family, resolved, tensors), tower, family)
+
+
+def prepare(model: Model, planned: DecoderPlan, *, source: str | None) -> Prepared:
+    """What `convert` needs of a checkpoint.
+
+    Args:
+        model: The checkpoint.
+        planned: What becomes of its decoder.
+        source: Where it comes from, for the record; the model's name by default.
+    """
+    spec, mapped = model.resolved.spec, model.mapped
+    record = provenance(model.checkpoint, source=source or spec.name, arguments=dict(planned.arguments))
+    record |= planned.record() | model.origin()
+    if model.tower is not None:
+        record["tower"] = {"source": model.tower.folder.resolve().name, "source_files": model.tower.hashes()}
+    return Prepared(
+        spec=spec,
+        vision=model.resolved.vision,
+        tower=_values(mapped.tower),
+        connector=_values(mapped.connector),
+        encoder_weights=sum(one.tensor.bits.size for one in [*mapped.tower.values(), *mapped.connector.values()]),
+        decoder_type=planned.recipe.name,
+        decoder_bytes=planned.peak_bytes,
+        write_decoder=partial(_write_decoder, model, planned),
+        record={**record, "unused_tensors": list(mapped.unused)},
+        check_unchanged=model.check_unchanged,
+    )
+
+
+def _values(sources: Mapping[str, Source]) -> Values:
+    return {name: partial(as_float32, source.tensor) for name, source in sources.items()}
+
+
+def _write_decoder(model: Model, planned: DecoderPlan, out: Path, report: Report) -> dict[str, Any]:
+    origin = model.family.origin
+    if origin and origin.notice:
+        report(origin.notice)
+    report(f"decoder to {planned.recipe.name}" + (f": {planned.reason}" if planned.reason else ""))
+    general = general_keys(model.checkpoint, model.resolved.spec.name, origin)
+    return decoder.write(out, planned, model.mapped, model.resolved, model.vocabulary, general, report)
+
+
+def _open_tower(family: Family, checkpoint: Checkpoint, folder: Path | None) -> Checkpoint | None:
+    """The checkpoint of the tower, exactly if the family has one."""
+    separate = family.vision is not None and family.vision.separate
+    if separate and folder is None:
+        named = str(checkpoint.config.get("mm_vision_tower"))[:120]
+        raise UsageError(f"the tower of this checkpoint lies apart, in {named!r}; download it and name it with --tower")
+    if folder is not None and not separate:
+        raise UsageError(f"a checkpoint of the family {family.name} holds its tower itself; leave --tower out")
+    return None if folder is None else open_checkpoint(folder)
+
+
+def _architectures(opened: Checkpoint) -> list[str]:
+    """What config.json calls the model's class, in either of its two places."""
+    found, classes = opened.config.get("architectures"), opened.config.get("auto_map")
+    named = classes.get("AutoModelForCausalLM") if isinstance(classes, dict) else None
+    if found is None and isinstance(named, str):
+        found = [named.rpartition(".")[2]]
+    return [str(name) for name in found] if isinstance(found, list) else []
