@@ -27,7 +27,6 @@ from numpy.typing import NDArray
 
 from edgevlm.converters.onnx_graph import Graph
 from edgevlm.converters.resolve import ResolvedVision
-from edgevlm.converters.transforms import quantize_columns
 from edgevlm.spec import Activation
 
 EncoderQuant = Literal["fp32", "int8"]
@@ -63,7 +62,7 @@ class Build:
         """
         if self.quant == "fp32":
             return self.exact_product(x, name, weight_KN)
-        int8_KN, scale_N = quantize_columns(weight_KN)
+        int8_KN, scale_N = self.graph.columns(weight_KN)
         return self.graph.op.DynamicQuantizeMatMul(
             x,
             self.graph.weight(f"{name}.int8", int8_KN),
@@ -78,8 +77,15 @@ def build_encoder(path: Path, vision: ResolvedVision, tower: Weights, connector:
         StorageError: the disk is full or refuses.
         CheckpointError: a weight is not finite.
     """
-    spec, image = vision.encoder, vision.image
     graph = Graph("encoder", path.with_name(path.name + ".data"))
+    build_graph(graph, path, vision, tower, connector, quant)
+
+
+def build_graph(
+    graph: Graph, path: Path, vision: ResolvedVision, tower: Weights, connector: Weights, quant: EncoderQuant
+) -> None:
+    """The same with a graph that is given, and closed."""
+    spec, image = vision.encoder, vision.image
     try:
         build = Build(graph=graph, vision=vision, tower=tower, connector=connector, quant=quant)
         pixels_TCHW = graph.input("pixels_TCHW", ["T", 3, image.height_px, image.width_px])

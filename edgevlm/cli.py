@@ -18,6 +18,8 @@ from edgevlm.errors import EdgeVLMError, UsageError
 
 if TYPE_CHECKING:
     from edgevlm.answer import Answer
+    from edgevlm.bundle import Manifest
+    from edgevlm.converters.forecast import Forecast
 
 app = typer.Typer(
     name="edgevlm",
@@ -182,43 +184,53 @@ def convert(
             "--fidelity-tokens", metavar="N", help="Predictions to compare with the checkpoint's; 0 for none."
         ),
     ] = 2048,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Write nothing; say what would come out and what it would take.")
+    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="With --dry-run: print one JSON object.")] = False,
 ) -> None:
     """Convert a Hugging Face checkpoint to a bundle.
 
-    Works without torch, one tensor at a time, and leaves nothing behind if it fails.
+    Works without torch, a few blocks of a tensor at a time, and leaves nothing behind if it fails. After a kill or a
+    power cut, the same command goes on with what was finished.
 
     Decoder types: f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, iq4_nl, q4_0. Encoder types: fp32, int8.
 
     \b
     Examples:
       edgevlm convert ./checkpoint ./bundle --decoder-quant q5_k_m
+      edgevlm convert ./checkpoint ./bundle --dry-run
       edgevlm convert ./checkpoint ./bundle --decoder-quant auto --device pi5
       edgevlm convert ./checkpoint ./bundle --decoder-type ffn_down=q6_k
       edgevlm convert ./llava-v1.5-7b ./bundle --tower ./clip-large-336
     """
-    from edgevlm import describe
-    from edgevlm.converters import convert as convert_checkpoint
-    from edgevlm.machine import peak_rss_bytes
+    from edgevlm import converters
+    from edgevlm.options import pairs
+    from edgevlm.progress import Display
 
-    start = time.perf_counter()
-    manifest = convert_checkpoint(
-        checkpoint,
-        out,
+    options = converters.Options(
         decoder_quant=decoder_quant,
         encoder_quant=encoder_quant,
         device=device,
-        decoder_types=_pairs(decoder_type or []),
+        decoder_types=pairs(decoder_type or []),
         imatrix=imatrix,
         name=name,
         tower=tower,
         template=template,
-        overwrite=overwrite,
         force=force,
         fidelity_tokens=fidelity_tokens,
-        report=(lambda line: typer.echo(line, err=True)) if sys.stderr.isatty() else None,
     )
-    seconds = time.perf_counter() - start
-    typer.echo(describe.conversion(manifest, seconds=seconds, peak_bytes=peak_rss_bytes()), err=True)
+    if json_output and not dry_run:
+        raise UsageError("--json prints what --dry-run finds; add --dry-run")
+    if dry_run:
+        _foresee(converters.dry_run(checkpoint, **options), json_output)
+        return
+    start = time.perf_counter()
+    with Display() as display:
+        manifest = converters.convert(
+            checkpoint, out, **options, overwrite=overwrite, report=display.report, advance=display.advance
+        )
+    _conclude(manifest, time.perf_counter() - start)
 
 
 @app.command()
@@ -304,19 +316,17 @@ def main() -> None:
         sys.exit(error.exit_code)
 
 
-def _pairs(options: list[str]) -> dict[str, str]:
-    """`PATTERN=TYPE` options in their order; a pattern may hold `=` itself."""
-    pairs = {}
-    for option in options:
-        pattern, equals, kind = option.rpartition("=")
-        if not equals or pattern in pairs:
-            raise UsageError(
-                f"--decoder-type {option} is not PATTERN=TYPE"
-                if not equals
-                else f"--decoder-type {pattern} is given twice"
-            )
-        pairs[pattern] = kind
-    return pairs
+def _foresee(forecast: Forecast, json_output: bool) -> None:
+    import json
+
+    _write((json.dumps(forecast.to_json(), ensure_ascii=False) if json_output else forecast.text()) + "\n")
+
+
+def _conclude(manifest: Manifest, seconds: float) -> None:
+    from edgevlm import describe
+    from edgevlm.machine import peak_rss_bytes
+
+    typer.echo(describe.conversion(manifest, seconds=seconds, peak_bytes=peak_rss_bytes()), err=True)
 
 
 def _inputs(prompt: str, images: list[str]) -> tuple[str, list[str | bytes]]:

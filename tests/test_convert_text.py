@@ -16,7 +16,7 @@ from tiny_text import VARIANTS
 import edgevlm
 from edgevlm import families
 from edgevlm.bundle import open_bundle
-from edgevlm.converters import convert, gguf_decoder, quant
+from edgevlm.converters import convert, gguf_decoder
 from edgevlm.converters.mapping import _wanted, map_tensors
 from edgevlm.converters.resolve import resolve
 from edgevlm.converters.safetensors import Tensor
@@ -149,7 +149,8 @@ def _plan(config):
     tensors = {
         name: Tensor(name, "BF16", shape, np.broadcast_to(np.uint16(0), shape)) for name, shape in shapes.items()
     }
-    return resolved, gguf_decoder.plan(map_tensors(family, resolved, tensors), resolved, quant.RECIPES["bf16"])
+    sources = gguf_decoder.sources(map_tensors(family, resolved, tensors))
+    return resolved, gguf_decoder.plan(sources, resolved, dict.fromkeys(sources, "BF16"))
 
 
 @pytest.mark.parametrize("spelling", [dict, _respelled], ids=["transformers 4", "transformers 5"])
@@ -163,7 +164,7 @@ def test_llama_3_2_as_published(name, spelling):
     assert resolved.spec.decoder.context_length == 131072
     assert resolved.llama.eos == 128001
     (rope,) = (tensor for tensor in planned if tensor.name == "rope_freqs.weight")
-    found = rope.produce()
+    (found,) = rope.produce()
     assert found.dtype == np.float32
     assert found.shape == (config["head_dim"] // 2,)
     np.testing.assert_array_equal(found, [*[1] * ones, *found[ones:-factors], *[factor] * factors])
