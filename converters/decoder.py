@@ -6,7 +6,7 @@ Everything that can be refused by looking at names and shapes is refused by `pla
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,8 @@ class DecoderPlan:
         fidelity_tokens: How many predictions are compared with the unquantized decoder's.
         arguments: What was asked for, as `provenance` records it.
         sources: Where each tensor comes from, by GGUF name.
-        final, exact: The finished file, and the one at the checkpoint's own precision that it is compared with.
+        final: The finished file.
+        plan_exact: Plans the one at the checkpoint's own precision that it is compared with.
         positions: That the model was trained for.
     """
 
@@ -86,13 +87,18 @@ class DecoderPlan:
     arguments: Mapping[str, Any]
     sources: Mapping[str, Source]
     final: PlannedFile
-    exact: PlannedFile
+    plan_exact: Callable[[], PlannedFile]
     positions: int
 
     @property
     def peak_bytes(self) -> int:
         """Disk that the conversion takes at most, the unquantized file included."""
-        return self.final.nbytes + (self.exact.nbytes if self.compares else 0)
+        return self.final.nbytes + (self.exact_bytes if self.compares else 0)
+
+    @property
+    def exact_bytes(self) -> int:
+        """Size of the unquantized file, but for a few bytes of padding."""
+        return len(self.final.head) + self.stored_bytes
 
     @property
     def stored_bytes(self) -> int:
@@ -182,11 +188,14 @@ def plan(
     importance = loaded.values if loaded else {}
     feed = Feed(progress, importance)
     final = _final(sources, resolved, recipe, feed, chosen, importance)
-    exact = gguf_decoder.plan(sources, resolved, {name: tensors[name].dtype for name in matrices}, feed)
 
     def whole(planned: list[PlannedTensor], file_type: int, *, quantized: bool) -> PlannedFile:
         keys = gguf_decoder.metadata(resolved, vocabulary, general, file_type, quantized=quantized)
         return PlannedFile(gguf_file.header(gguf_decoder.ARCH, keys, planned), planned)
+
+    def plan_exact() -> PlannedFile:
+        kinds = {name: tensors[name].dtype for name in matrices}
+        return whole(gguf_decoder.plan(sources, resolved, kinds, Feed(progress)), _MIXED, quantized=False)
 
     finished = whole(final, recipe.file_type, quantized=not recipe.direct)
     finished.check(vocabulary.stops)
@@ -200,7 +209,7 @@ def plan(
         arguments=_arguments(choice, device, types),
         sources=sources,
         final=finished,
-        exact=whole(exact, _MIXED, quantized=False),
+        plan_exact=plan_exact,
         positions=resolved.spec.decoder.context_length,
     )
 
@@ -275,7 +284,8 @@ def predictions(final: Path, planned: DecoderPlan, progress: Progress) -> dict[s
         return {}
     progress.step(f"comparing {planned.fidelity_tokens} predictions with the unquantized decoder's")
     exact = final.with_name(_EXACT)
-    planned.exact.write(exact)
+    progress.expect(planned.stored_bytes, "bytes")
+    planned.plan_exact().write(exact)
     progress.expect(planned.fidelity_tokens, "tokens")
     with pages.bounded(exact, final):
         cost = fidelity.compare(exact, final, n_tokens=planned.fidelity_tokens, advance=progress.add)

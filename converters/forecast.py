@@ -203,7 +203,7 @@ def _comparison_bytes(resolved: Resolved, planned: DecoderPlan) -> int:
     decoder, llama = resolved.spec.decoder, resolved.llama
     positions = min(fidelity.WINDOW, decoder.context_length)
     rows = fidelity.rows_at_once(decoder.vocab)
-    mapped = min(planned.final.nbytes + planned.exact.nbytes, pages.LIMIT_BYTES)
+    mapped = min(planned.final.nbytes + planned.exact_bytes, pages.LIMIT_BYTES)
     cache = decoder.layers * positions * llama.heads_kv * llama.head_dim * 2 * 4
     activations = positions * (3 * llama.n_ff + 4 * decoder.n_embd + llama.heads * positions) * 4
     logits = 3 * rows * decoder.vocab * 4

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import mmap
 import os
 import struct
 import tempfile
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgevlm.errors import need
+from edgevlm.gguf import read_container
 from edgevlm.storage import storage_errors
 
 #: Stored type -> the numpy type that carries its bits.
@@ -30,6 +32,8 @@ _MAGIC, _VERSION, _ALIGNMENT = b"GGUF", 3, 32
 _STRING, _ARRAY = 8, 9
 _FORMATS = {4: "<I", 5: "<i", 6: "<f", 7: "<?"}
 _SCALAR_TYPES = {bool: 7, str: _STRING, float: 6, int: 4}
+#: Types whose bits numpy has a type for; gguf takes the others as bytes.
+_TYPED = ("F32", "F16")
 _ITEM_TYPES = {str: _STRING, float: 6, int: 5}
 
 
@@ -49,7 +53,7 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a finished file: `bits` is a view of the mapped file, rows outermost for quantized types."""
+    """A tensor of a finished file: `bits` is a view of the mapped file, bytes in rows unless it is F32 or F16."""
 
     name: str
     shape: tuple[int, ...]
@@ -158,22 +162,28 @@ def _value(value: Any) -> bytes:
     """A value behind its type."""
     if not isinstance(value, list):
         kind = _SCALAR_TYPES[type(value)]
-        return struct.pack("<I", kind) + _item(value, kind)
+        return struct.pack("<I", kind) + (_text(value) if kind == _STRING else struct.pack(_FORMATS[kind], value))
     kind = _ITEM_TYPES[type(value[0])]
-    items = b"".join(_item(item, kind) for item in value)
-    return struct.pack("<IIQ", _ARRAY, kind, len(value)) + items
-
-
-def _item(value: Any, kind: int) -> bytes:
-    return _text(value) if kind == _STRING else struct.pack(_FORMATS[kind], value)
+    head = struct.pack("<IIQ", _ARRAY, kind, len(value))
+    if kind == _STRING:
+        return head + b"".join([_text(item) for item in value])
+    return head + struct.pack(f"<{len(value)}{_FORMATS[kind][1]}", *value)
 
 
 def read_tensors(path: Path) -> Iterator[StoredTensor]:
     """The tensors of a finished file, in file order."""
     gguf = need("gguf", "convert")
-    for tensor in gguf.GGUFReader(path).tensors:
-        shape = tuple(int(size) for size in reversed(tensor.shape))
-        yield StoredTensor(tensor.name, shape, tensor.tensor_type.name, int(tensor.n_bytes), tensor.data)
+    found = read_container(path)
+    with open(path, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    for tensor in found.tensors:
+        kind = gguf.GGMLQuantizationType(tensor.type_id)
+        raw = np.frombuffer(mapped, np.uint8, tensor.nbytes, found.data_offset + tensor.offset)
+        if kind.name in _TYPED:
+            bits = raw.view(PLAIN_TYPES[kind.name]).reshape(tensor.shape)
+        else:
+            bits = raw.reshape(*tensor.shape[:-1], -1)
+        yield StoredTensor(tensor.name, tensor.shape, kind.name, tensor.nbytes, bits)
 
 
 def values(tensor: StoredTensor, row_step: int = 1) -> NDArray[np.float32]:
