@@ -8,6 +8,8 @@
 #   make lint     ruff and mypy
 #   make bench    time every stage on this machine
 #   make bench-kernels   time the image kernels beside their rivals, and say which goals they reach
+#   make bench-convert   time a conversion of Llama 3.2's sizes beside llama.cpp's own tools (10 GB of disk)
+#   make docs     make docs/models.md from the families again
 #   make bundle   convert panel/checkpoint to the built-in bundle again
 #   make clean    remove what was built (`make distclean` removes the virtual environment as well)
 
@@ -21,7 +23,7 @@ SIMD   := build/bench-simd-venv
 # Through the environment the pins also reach the isolated environments in which packages are built.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: setup build demo test test-here no-arm64 lint bench bench-kernels bundle clean distclean
+.PHONY: setup build demo test test-here no-arm64 lint bench bench-kernels bench-convert docs bundle clean distclean
 
 build: $(VENV)/.built
 setup: $(VENV)/.dev
@@ -86,6 +88,19 @@ $(SIMD)/.built:
 bench-kernels: $(VENV)/.dev $(RIVALS)/.built $(SIMD)/.built
 	$(BIN)/python tests/bench_kernels.py rivals=$(RIVALS)/bin/python \
 	  $$(test ! -e $(SIMD)/.built || echo pillow-simd=$(SIMD)/bin/python)
+
+# Its converter and its vocabulary of Llama 3 lie in llama.cpp's sources, which the archive of llama-cpp-python brings along.
+build/llama.cpp/.unpacked: constraints.txt
+	rm -rf build/llama.cpp && mkdir -p build/llama.cpp
+	$(BIN)/python -m pip --quiet download --no-deps --no-binary llama-cpp-python --dest build/llama.cpp llama-cpp-python
+	tar -xzf build/llama.cpp/llama_cpp_python-*.tar.gz -C build/llama.cpp --strip-components=1
+	@touch $@
+
+bench-convert: $(VENV)/.dev build/llama.cpp/.unpacked
+	$(BIN)/python tests/bench_convert.py llama.cpp=build/llama.cpp/vendor/llama.cpp
+
+docs: $(VENV)/.dev
+	$(BIN)/python -m edgevlm.converters.catalog > docs/models.md.new && mv docs/models.md.new docs/models.md
 
 bundle: $(VENV)/.dev
 	$(BIN)/edgevlm convert panel/checkpoint edgevlm/builtin --name panel-reader --decoder-quant q8_0 --overwrite

@@ -207,7 +207,8 @@ class MeasuredGraph(Graph):
 
     def weight(self, name: str, array: NDArray[Any]) -> Any:
         self.on_weight(self._scoped(name), array)
-        return super().weight(name, array)
+        # fresh zeros take no memory until somebody looks at them
+        return super().weight(name, np.zeros(array.shape, array.dtype))
 
     def save(self, path: Path) -> None:
         proto = self._ir.to_proto(self._finish())

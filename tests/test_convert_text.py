@@ -17,7 +17,7 @@ import edgevlm
 from edgevlm import families
 from edgevlm.bundle import open_bundle
 from edgevlm.converters import convert, gguf_decoder
-from edgevlm.converters.mapping import _wanted, map_tensors
+from edgevlm.converters.mapping import map_tensors, wanted_leaves
 from edgevlm.converters.resolve import resolve
 from edgevlm.converters.safetensors import Tensor
 from edgevlm.errors import CapabilityError, CheckpointError
@@ -144,7 +144,7 @@ def _plan(config):
     """The tensors of the GGUF file for a checkpoint whose weights are zeros that take no memory."""
     family = families.find(config["architectures"])
     resolved = resolve(family, config, None, {}, name="x")
-    leaves = dict(_wanted(family.decoder.weights, resolved.spec.decoder.layers, resolved.sizes))
+    leaves = wanted_leaves(family.decoder.weights, resolved.spec.decoder.layers, resolved.sizes)
     shapes = {f"model.{leaf}": tuple(resolved.sizes[s] for s in weight.shape) for leaf, (_, weight) in leaves.items()}
     tensors = {
         name: Tensor(name, "BF16", shape, np.broadcast_to(np.uint16(0), shape)) for name, shape in shapes.items()

@@ -10,7 +10,7 @@ from typing import Any
 from edgevlm.errors import CheckpointError
 from edgevlm.families.schema import Family
 
-_NOT_FAMILIES = {"schema", "parts", "templates"}
+_NOT_FAMILIES = {"schema", "parts", "published", "templates"}
 
 
 def module_names() -> tuple[str, ...]:
