@@ -22,7 +22,6 @@ import threading
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +49,21 @@ SPLIT = (
 )
 _BLOCK = 1 << 22
 _SAMPLE_S = 0.01
+# It imports sentencepiece before it looks whether there is anything to read with it, and here is nothing. So any module
+# will do, as long as transformers has seen before that the package is missing.
+CONVERT = """
+import runpy, sys, types
+try:
+    import sentencepiece
+except ImportError:
+    from transformers.utils import is_sentencepiece_available
+    is_sentencepiece_available()
+    sys.modules["sentencepiece"] = types.ModuleType("sentencepiece")
+    sys.modules["sentencepiece"].SentencePieceProcessor = None
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 QUANTIZE = """
 import ctypes, sys
 from llama_cpp import llama_cpp as native
@@ -103,9 +117,9 @@ def make_checkpoint(folder: Path, shape: str, vocabulary: Path, seed: int = 1) -
         for name, sizes in shapes(numbers).items():
             count = int(np.prod(sizes))
             for start in range(0, count, _BLOCK):
-                values = random.standard_normal(min(_BLOCK, count - start), np.float32) * np.float32(0.02)
-                values += np.float32("norm" in name)
-                (values.view(np.uint32) >> 16).astype("<u2").tofile(file)
+                bits = np.frombuffer(random.bytes(2 * min(_BLOCK, count - start)), "<u2")
+                # near 1, or of either sign between 2^-7 and 2^-5
+                (bits & 0x001F | 0x3F80 if "norm" in name else bits & 0x80FF | 0x3C00).astype("<u2").tofile(file)
 
 
 def write_tokenizer(folder: Path, vocabulary: Path) -> None:
@@ -205,12 +219,8 @@ def ours(checkpoint: Path, work: Path, *options: str) -> dict[str, Run]:
 
 def theirs(checkpoint: Path, work: Path, sources: Path) -> dict[str, Run]:
     plain, final = work / "plain.gguf", work / "final.gguf"
-    # It imports sentencepiece before it looks whether there is anything to read with it: here is nothing.
-    unused = "" if find_spec("sentencepiece") else "sys.modules['sentencepiece'] = Mock(); "
-    script = f"import runpy, sys; from unittest.mock import Mock; {unused}sys.argv = sys.argv[1:]; "
-    script += "sys.path.insert(0, sys.argv[0].rpartition('/')[0]); runpy.run_path(sys.argv[0], run_name='__main__')"
     options = ["--outfile", str(plain), "--outtype", "bf16"]
-    convert = [sys.executable, "-c", script, str(sources / "convert_hf_to_gguf.py"), str(checkpoint), *options]
+    convert = [sys.executable, "-c", CONVERT, str(sources / "convert_hf_to_gguf.py"), str(checkpoint), *options]
     runs = {"convert_hf_to_gguf.py": measure(convert)}
     quantize = [sys.executable, "-c", QUANTIZE, str(plain), str(final), str(usable_cpus())]
     runs["llama_model_quantize"] = measure(quantize)
