@@ -9,6 +9,8 @@
 #   make bench    time every stage on this machine
 #   make bench-kernels   time the image kernels beside their rivals, and say which goals they reach
 #   make bench-encoder   time the vision encoder beside llama.cpp's, and the products that it is made of
+#   make bench-convert   time a conversion of Llama 3.2's sizes beside llama.cpp's own tools (10 GB of disk)
+#   make docs     make docs/models.md from the families again
 #   make bundle   convert panel/checkpoint to the built-in bundle again
 #   make clean    remove what was built (`make distclean` removes the virtual environment as well)
 
@@ -22,7 +24,8 @@ SIMD   := build/bench-simd-venv
 # Through the environment the pins also reach the isolated environments in which packages are built.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: setup build demo test test-here no-arm64 lint bench bench-kernels bench-encoder bundle clean distclean
+.PHONY: setup build demo test test-here no-arm64 lint bench bench-kernels bench-encoder bench-convert docs bundle
+.PHONY: clean distclean
 
 build: $(VENV)/.built
 setup: $(VENV)/.dev
@@ -91,6 +94,18 @@ bench-kernels: $(VENV)/.dev $(RIVALS)/.built $(SIMD)/.built
 bench-encoder: $(VENV)/.dev
 	$(BIN)/python tests/bench_encoder.py
 	$(BIN)/python tests/bench_products.py
+# Its converter and its vocabulary of Llama 3 lie in llama.cpp's sources, which the archive of llama-cpp-python brings along.
+build/llama.cpp/.unpacked: constraints.txt
+	rm -rf build/llama.cpp && mkdir -p build/llama.cpp
+	$(BIN)/python -m pip --quiet download --no-deps --no-binary llama-cpp-python --dest build/llama.cpp llama-cpp-python
+	tar -xzf build/llama.cpp/llama_cpp_python-*.tar.gz -C build/llama.cpp --strip-components=1
+	@touch $@
+
+bench-convert: $(VENV)/.dev build/llama.cpp/.unpacked
+	$(BIN)/python tests/bench_convert.py llama.cpp=build/llama.cpp/vendor/llama.cpp
+
+docs: $(VENV)/.dev
+	$(BIN)/python -m edgevlm.converters.catalog > docs/models.md.new && mv docs/models.md.new docs/models.md
 
 bundle: $(VENV)/.dev
 	$(BIN)/edgevlm convert panel/checkpoint edgevlm/builtin --name panel-reader --decoder-quant q8_0 --overwrite

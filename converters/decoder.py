@@ -5,25 +5,59 @@ Everything that can be refused by looking at names and shapes is refused by `pla
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgevlm.converters import fidelity, gguf_decoder, gguf_file, quant, targets, tensor_types, verify
+import numpy as np
+from numpy.typing import NDArray
+
+from edgevlm.converters import fidelity, gguf_decoder, gguf_file, pages, quant, targets, tensor_types, verify
+from edgevlm.converters.gguf_file import PlannedTensor
 from edgevlm.converters.imatrix import Imatrix, read_imatrix
 from edgevlm.converters.loadable import check_header, check_vocabulary
-from edgevlm.converters.mapping import Mapped
+from edgevlm.converters.mapping import Mapped, Source
+from edgevlm.converters.progress import Progress
 from edgevlm.converters.quant import AUTO, Recipe
 from edgevlm.converters.resolve import Resolved
 from edgevlm.converters.targets import Choice
 from edgevlm.converters.tokenizer import Vocabulary
+from edgevlm.converters.weights import Feed
 from edgevlm.errors import UsageError
 
 _EXACT = "decoder.exact.gguf"
-_AS_STORED = quant.RECIPES["q8_0"]  # any recipe that is quantized later: every tensor keeps the checkpoint's type
+_MIXED = quant.RECIPES["q8_0"].file_type  # no type fits a file of several, and nobody keeps this one
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """A GGUF file to write: its header, and the tensors that follow."""
+
+    head: bytes
+    tensors: list[PlannedTensor]
+
+    @property
+    def nbytes(self) -> int:
+        return gguf_file.file_bytes(self.head, self.tensors)
+
+    def check(self, stops: tuple[int, ...]) -> None:
+        """Let the runtime read the header and llama.cpp load the vocabulary; weights play no part in either.
+
+        Args:
+            stops: Tokens that must end an answer.
+
+        Raises:
+            CheckpointError: `checkpoint.unsupported`.
+        """
+        with gguf_file.hollow(self.head, self.tensors) as path:
+            check_header(path)  # first, because llama.cpp ends the process on some values
+            check_vocabulary(path, stops)
+
+    def write(self, path: Path) -> None:
+        """See `gguf_file.write`."""
+        gguf_file.write(path, self.head, self.tensors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +72,10 @@ class DecoderPlan:
         rounds: Whether any number of the checkpoint is changed.
         fidelity_tokens: How many predictions are compared with the unquantized decoder's.
         arguments: What was asked for, as `provenance` records it.
-        stored_bytes: Size of the weights as the checkpoint stores them.
-        final_bytes: Estimated size of the finished file.
+        sources: Where each tensor comes from, by GGUF name.
+        final: The finished file.
+        plan_exact: Plans the one at the checkpoint's own precision that it is compared with.
+        positions: That the model was trained for.
     """
 
     recipe: Recipe
@@ -49,23 +85,31 @@ class DecoderPlan:
     rounds: bool
     fidelity_tokens: int
     arguments: Mapping[str, Any]
-    stored_bytes: int
-    final_bytes: int
+    sources: Mapping[str, Source]
+    final: PlannedFile
+    plan_exact: Callable[[], PlannedFile]
+    positions: int
 
     @property
     def peak_bytes(self) -> int:
         """Disk that the conversion takes at most, the unquantized file included."""
-        return self.final_bytes + (self.stored_bytes if self.needs_exact else 0)
+        return self.final.nbytes + (self.exact_bytes if self.compares else 0)
+
+    @property
+    def exact_bytes(self) -> int:
+        """Size of the unquantized file, but for a few bytes of padding."""
+        return len(self.final.head) + self.stored_bytes
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of the weights as the checkpoint stores them."""
+        return sum(source.tensor.bits.nbytes for source in self.sources.values())
 
     @property
     def compares(self) -> bool:
-        """Whether predictions are compared: there must be something that can differ."""
-        return self.rounds and self.fidelity_tokens > 0
-
-    @property
-    def needs_exact(self) -> bool:
-        """Whether a file at the checkpoint's own precision is made: to be quantized, or to be compared with."""
-        return self.compares or not self.recipe.direct
+        """Whether predictions are compared: there must be something that can differ, and one position predicts from
+        nothing."""
+        return self.rounds and self.fidelity_tokens > 0 and self.positions > 1
 
     def record(self) -> dict[str, Any]:
         """What `provenance` says beyond the arguments; empty if there is nothing to say."""
@@ -93,30 +137,39 @@ def check(decoder_quant: str, device: str | None) -> None:
 
 def plan(
     mapped: Mapped,
+    resolved: Resolved,
+    vocabulary: Vocabulary,
+    general: Mapping[str, str],
     decoder_quant: str,
     *,
     device: str | None = None,
     types: Mapping[str, str] | None = None,
     imatrix: str | os.PathLike[str] | None = None,
     fidelity_tokens: int = fidelity.TOKENS,
+    progress: Progress | None = None,
 ) -> DecoderPlan:
-    """Check what was asked for against the model's tensors.
+    """Check what was asked for against the model's tensors, and fix every byte but the weights themselves.
 
     Args:
-        mapped: The checkpoint's tensors.
+        mapped, resolved, vocabulary: The checkpoint.
+        general: Keys `general.*` of the file.
         decoder_quant: A recipe's name, or `auto`.
         device: What `auto` chooses for, one of `targets.DEVICES`; this machine by default.
         types: Pattern -> type for single matrices, see `tensor_types.py`.
         imatrix: A file with an importance matrix.
         fidelity_tokens: How many predictions to compare; 0 compares none.
+        progress: Told as weights are written.
 
     Raises:
         UsageError: an option that means nothing for this recipe or this model.
         FileError, ImatrixError: the importance matrix cannot be used.
+        CheckpointError: the runtime or llama.cpp refuses the file, its tokenizer above all.
+        BackendError: llama.cpp refuses the model.
     """
     check(decoder_quant, device)
     fidelity.check_tokens(fidelity_tokens)
-    tensors = {name: source.tensor for name, source in gguf_decoder.sources(mapped).items()}
+    sources = gguf_decoder.sources(mapped)
+    tensors = {name: source.tensor for name, source in sources.items()}
     matrices = {name: tensor.shape for name, tensor in tensors.items() if len(tensor.shape) > 1}
     if decoder_quant.lower() == AUTO:
         choice = targets.choose(device or targets.THIS, matrices)
@@ -129,68 +182,112 @@ def plan(
                 f"decoder_quant {recipe.name} only rounds, {option} would change nothing; "
                 "leave out the one or choose a quantized type such as q4_k_m"
             )
-    arguments: dict[str, Any] = {"decoder_quant": recipe.name}
-    if choice.reason:
-        arguments["decoder_quant_auto"] = {"device": device or targets.THIS, "reason": choice.reason}
-    if types:
-        arguments["decoder_types"] = dict(types)
     chosen = tensor_types.resolve(types or {}, matrices)
     widths = {name: shape[-1] for name, shape in matrices.items()}
+    loaded = None if imatrix is None else read_imatrix(imatrix, widths)
+    importance = loaded.values if loaded else {}
+    feed = Feed(progress, importance)
+    final = _final(sources, resolved, recipe, feed, chosen, importance)
+
+    def whole(planned: list[PlannedTensor], file_type: int, *, quantized: bool) -> PlannedFile:
+        keys = gguf_decoder.metadata(resolved, vocabulary, general, file_type, quantized=quantized)
+        return PlannedFile(gguf_file.header(gguf_decoder.ARCH, keys, planned), planned)
+
+    def plan_exact() -> PlannedFile:
+        kinds = {name: tensors[name].dtype for name in matrices}
+        return whole(gguf_decoder.plan(sources, resolved, kinds, Feed(progress)), _MIXED, quantized=False)
+
+    finished = whole(final, recipe.file_type, quantized=not recipe.direct)
+    finished.check(vocabulary.stops)
     return DecoderPlan(
         recipe=recipe,
         reason=choice.reason,
         types=chosen,
-        imatrix=None if imatrix is None else read_imatrix(imatrix, widths),
+        imatrix=loaded,
         rounds=recipe.name != "f32" and any(tensors[name].dtype not in recipe.types for name in matrices),
         fidelity_tokens=fidelity_tokens,
-        arguments=arguments,
-        stored_bytes=sum(tensor.bits.nbytes for tensor in tensors.values()),
-        final_bytes=sum(_final_bytes(tensors[name].shape, recipe, chosen.get(name)) for name in tensors),
+        arguments=_arguments(choice, device, types),
+        sources=sources,
+        final=finished,
+        plan_exact=plan_exact,
+        positions=resolved.spec.decoder.context_length,
     )
 
 
-def _final_bytes(shape: tuple[int, ...], recipe: Recipe, kind: str | None) -> int:
-    return gguf_file.nbytes(shape, kind) if kind else math.ceil(math.prod(shape) * recipe.bits / 8)
+def _arguments(choice: Choice, device: str | None, types: Mapping[str, str] | None) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"decoder_quant": choice.recipe.name}
+    if choice.reason:
+        arguments["decoder_quant_auto"] = {"device": device or targets.THIS, "reason": choice.reason}
+    if types:
+        arguments["decoder_types"] = dict(types)
+    return arguments
 
 
-def write(
-    final: Path,
-    planned: DecoderPlan,
-    mapped: Mapped,
+def _final(
+    sources: Mapping[str, Source],
     resolved: Resolved,
-    vocabulary: Vocabulary,
-    general: dict[str, str],
-    report: Callable[[str], None],
-) -> dict[str, Any]:
-    """Write the finished file, by way of one at the checkpoint's own precision if that is needed.
+    recipe: Recipe,
+    feed: Feed,
+    chosen: Mapping[str, str],
+    importance: Mapping[str, NDArray[np.float32]],
+) -> list[PlannedTensor]:
+    """The tensors of the finished file."""
+    if recipe.direct:
+        return gguf_decoder.plan(sources, resolved, dict.fromkeys(sources, recipe.types[0]), feed)
+    kinds = stored_types(resolved, {name: s.tensor.shape for name, s in sources.items()}, recipe, chosen, importance)
+    return gguf_decoder.in_quantizer_order(gguf_decoder.plan(sources, resolved, kinds, feed))
+
+
+def stored_types(
+    resolved: Resolved,
+    shapes: Mapping[str, tuple[int, ...]],
+    recipe: Recipe,
+    chosen: Mapping[str, str] | None = None,
+    importance: Mapping[str, NDArray[np.float32]] | None = None,
+) -> dict[str, str]:
+    """The type of each matrix of a file: see `quant.stored_types`."""
+    if recipe.direct:
+        return {name: recipe.types[0] for name, shape in shapes.items() if len(shape) > 1}
+    keys = {"general.type": "model", **gguf_decoder.llama_keys(resolved)}
+    return quant.stored_types(gguf_decoder.ARCH, keys, shapes, recipe, importance=importance, types=chosen)
+
+
+def write(final: Path, planned: DecoderPlan, progress: Progress) -> dict[str, Any]:
+    """Write the finished file.
 
     Returns:
-        What it cost: see `verify.decoder_fidelity`, and as `predictions` what `fidelity.compare` gives.
+        What it cost the weights: see `verify.decoder_fidelity`.
 
     Raises:
-        CheckpointError: a weight or the tokenizer cannot be used.
+        CheckpointError: a weight cannot be used.
         StorageError: the disk is full or refuses.
         BackendError: llama.cpp failed.
     """
-    recipe, exact = planned.recipe, final.with_name(_EXACT)
-    for path, kind in ((exact, _AS_STORED), (final, recipe)):
-        if (path == exact and not planned.needs_exact) or (path == final and not recipe.direct):
-            continue
-        tensors = gguf_decoder.plan(mapped, resolved, kind)
-        gguf_decoder.write(path, resolved, vocabulary, tensors, recipe.file_type, general)
-        check_header(path)  # before llama.cpp reads it, which ends the process on some values
-        check_vocabulary(path, vocabulary.stops)
-    if not recipe.direct:
-        importance = planned.imatrix.values if planned.imatrix else None
-        quant.quantize(
-            exact, final, recipe, size_estimate=planned.final_bytes, importance=importance, types=planned.types
-        )
-        check_header(final)
-    cost = verify.decoder_fidelity(final, gguf_decoder.exact_matrices(mapped), recipe, planned.types)
-    if planned.compares and resolved.spec.decoder.context_length > 1:  # one position predicts from nothing
-        report(f"comparing {planned.fidelity_tokens} predictions with the unquantized decoder's")
-        cost["predictions"] = fidelity.compare(exact, final, n_tokens=planned.fidelity_tokens)
-    elif not planned.rounds:
-        cost["predictions"] = fidelity.nothing_lost()
-    exact.unlink(missing_ok=True)
+    progress.expect(planned.stored_bytes, "bytes")
+    planned.final.write(final)
+    matrices = gguf_decoder.exact_matrices(planned.sources)
+    return verify.decoder_fidelity(final, matrices, planned.recipe, planned.types)
+
+
+def predictions(final: Path, planned: DecoderPlan, progress: Progress) -> dict[str, Any]:
+    """Compare a finished file's predictions with those of the unquantized decoder, which is made for it and removed.
+
+    Returns:
+        See `fidelity.compare`; empty if nothing is to be compared.
+
+    Raises:
+        CheckpointError, StorageError, BackendError: as for `write`.
+    """
+    if not planned.rounds:
+        return fidelity.nothing_lost()
+    if not planned.compares:
+        return {}
+    progress.step(f"comparing {planned.fidelity_tokens} predictions with the unquantized decoder's")
+    exact = final.with_name(_EXACT)
+    progress.expect(planned.stored_bytes, "bytes")
+    planned.plan_exact().write(exact)
+    progress.expect(planned.fidelity_tokens, "tokens")
+    with pages.bounded(exact, final):
+        cost = fidelity.compare(exact, final, n_tokens=planned.fidelity_tokens, advance=progress.add)
+    exact.unlink()
     return cost

@@ -19,7 +19,8 @@ from edgevlm.converters import limits, smoothing, verify
 from edgevlm.converters.calibration import Pictures, built_in, find_pictures, of_files
 from edgevlm.converters.onnx_products import EncoderQuant, Sample, Treatment
 from edgevlm.converters.onnx_vision import Weights, build_encoder
-from edgevlm.converters.prepared import Values
+from edgevlm.converters.prepared import EncoderWeights
+from edgevlm.converters.progress import Progress
 from edgevlm.converters.resolve import ResolvedVision
 from edgevlm.converters.smoothing import Choice
 from edgevlm.encoder import Encoder
@@ -87,8 +88,9 @@ def write(
     path: Path,
     planned: EncoderPlan,
     vision: ResolvedVision,
-    tower: Values,
-    connector: Values,
+    tower: EncoderWeights,
+    connector: EncoderWeights,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Write the graph at `path` and its data beside it.
 
@@ -100,8 +102,10 @@ def write(
         CheckpointError: a weight is not finite, or too large for `fp16`.
         BackendError: ONNX Runtime failed.
     """
-    weights = Reader(tower), Reader(connector)
+    weights = Reader(tower, progress), Reader(connector, progress)
     quant, pictures = planned.quant, planned.pictures
+    once = sum(weight.nbytes for part in (tower, connector) for weight in part.values())
+    progress.expect(once * (1 if quant == "fp32" else 2), "bytes")
     if quant == "fp32":
         build_encoder(path, vision, *weights, quant)
         _check_all_used(*weights)
@@ -173,13 +177,15 @@ def _remove(path: Path) -> None:
 class Reader:
     """Weights by our own names, as float32; remembers which were asked for."""
 
-    def __init__(self, values: Values) -> None:
-        self._values = values
-        self.unread = set(values)
+    def __init__(self, weights: EncoderWeights, progress: Progress) -> None:
+        self._weights, self._progress = weights, progress
+        self.unread = set(weights)
 
     def __call__(self, name: str) -> NDArray[np.float32]:
         self.unread.discard(name)
-        return self._values[name]()
+        values = self._weights[name].read()
+        self._progress.add(self._weights[name].nbytes)
+        return values
 
 
 def _check_all_used(*readers: Reader) -> None:

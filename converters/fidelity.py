@@ -7,6 +7,7 @@ number of threads (each number is summed by one of them).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from edgevlm.gguf import read_header
 TEXT = Path(__file__).parent / "sample.txt"
 TOKENS = 2048  # compared by default: for a model of 1B some minutes on two cores
 _MOST_TOKENS = 1 << 16
-_WINDOW = 512  # positions before the context is forgotten: as much as a picture and a question take
+WINDOW = 512  # positions before the context is forgotten: as much as a picture and a question take
 _LOGITS = 1 << 24  # of each model in memory at once, as numbers of 4 bytes
 
 
@@ -36,7 +37,14 @@ def check_tokens(n_tokens: int) -> None:
         raise UsageError(f"fidelity_tokens must be between 0 and {_MOST_TOKENS}, found {n_tokens!r}")
 
 
-def compare(exact: Path, found: Path, *, n_tokens: int = TOKENS, threads: int | None = None) -> dict[str, Any]:
+def compare(
+    exact: Path,
+    found: Path,
+    *,
+    n_tokens: int = TOKENS,
+    threads: int | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
     """Compare the next-token distributions of two files of the same model.
 
     Args:
@@ -44,6 +52,7 @@ def compare(exact: Path, found: Path, *, n_tokens: int = TOKENS, threads: int | 
         found: The same model, quantized.
         n_tokens: Positions to compare; the text may end before.
         threads: Threads of both; every usable CPU by default.
+        advance: Told how many more positions were compared.
 
     Returns:
         `kl_mean` and `kl_p99` (99th percentile), in nats, of the Kullback-Leibler divergence of `found` from `exact`
@@ -57,13 +66,15 @@ def compare(exact: Path, found: Path, *, n_tokens: int = TOKENS, threads: int | 
         for ids in _windows(reference, n_tokens):
             reference.reset()
             quantized.reset()
-            rows = _rows(reference.n_vocab)
+            rows = rows_at_once(reference.n_vocab)
             for start in range(0, len(ids), rows):
                 chunk = ids[start : start + rows]
                 pairs = list(zip(reference.score(chunk), quantized.score(chunk), strict=True))
                 for reference_V, quantized_V in pairs[1 if start == 0 else 0 :]:  # nothing is predicted from the start
                     divergences.append(divergence(reference_V, quantized_V))
                     agreements.append(int(reference_V.argmax() == quantized_V.argmax()))
+                if advance:
+                    advance(len(chunk) - (start == 0))
     return {
         "against": "the unquantized decoder, on the built-in text",
         "tokens": len(divergences),
@@ -101,13 +112,14 @@ def log_softmax(logits_V: NDArray[np.float32]) -> NDArray[np.float64]:
 def _open(path: Path, threads: int | None) -> Decoder:
     """Plain attention in float32: flash attention rounds to float16, which is no cost of the weights' types."""
     header = read_header(path)
-    rows = _rows(len(header.metadata["tokenizer.ggml.tokens"]))
-    context = min(_WINDOW, header.context_length)
+    rows = rows_at_once(len(header.metadata["tokenizer.ggml.tokens"]))
+    context = min(WINDOW, header.context_length)
     return Decoder(path, context=context, threads=threads, kv_type="f32", scored=rows, repack=False)
 
 
-def _rows(n_vocab: int) -> int:
-    return max(16, min(_WINDOW, _LOGITS // n_vocab))
+def rows_at_once(n_vocab: int) -> int:
+    """Positions whose logits are in memory at a time."""
+    return max(16, min(WINDOW, _LOGITS // n_vocab))
 
 
 def _windows(decoder: Decoder, n_tokens: int) -> list[tuple[int, ...]]:
@@ -116,7 +128,7 @@ def _windows(decoder: Decoder, n_tokens: int) -> list[tuple[int, ...]]:
     metadata = decoder.header.metadata
     begins = metadata.get("tokenizer.ggml.add_bos_token", False)
     first, body = ([metadata["tokenizer.ggml.bos_token_id"]], ids[:n_tokens]) if begins else (ids[:1], ids[1:])
-    size = min(_WINDOW, decoder.n_context) - 1
+    size = min(WINDOW, decoder.n_context) - 1
     return [(*first, *body[i : i + size]) for i in range(0, len(body), size)]
 
 

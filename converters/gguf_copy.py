@@ -41,8 +41,28 @@ def copy(header: GGUFHeader, out: Path, template: str | None) -> None:
                 target.write(piece)
 
 
+def copied_bytes(header: GGUFHeader, template: str | None) -> int:
+    """The size of the copy; arguments are those of `copy`.
+
+    Raises:
+        FileError: the source cannot be read.
+        CheckpointError: `checkpoint.invalid`, the source became shorter.
+    """
+    with open_regular(header.path) as (source, size):
+        if template is None:
+            return size
+        data = size - header.data_offset
+        return sum(map(len, _head_with_template(source, header, template))) + data
+
+
 def _with_template(source: BufferedReader, header: GGUFHeader, size: int, template: str) -> Iterator[bytes]:
     """The file's bytes with another template. Offsets of tensors count from the data, so nothing else changes."""
+    yield from _head_with_template(source, header, template)
+    yield from _read(source, header.path, header.data_offset, size)
+
+
+def _head_with_template(source: BufferedReader, header: GGUFHeader, template: str) -> list[bytes]:
+    """All before the data, its alignment included."""
     kept = [place for key, place in header.places.items() if key != _TEMPLATE_KEY]
     entry = _string(_TEMPLATE_KEY) + struct.pack("<I", _STRING) + _string(template)
     start = b"".join(_read(source, header.path, 0, _FIXED_BYTES))
@@ -51,9 +71,7 @@ def _with_template(source: BufferedReader, header: GGUFHeader, size: int, templa
         pieces += _read(source, header.path, *place)
     pieces += [entry, *_read(source, header.path, *header.infos)]
     alignment = header.metadata.get("general.alignment", 32)
-    yield from pieces
-    yield b"\0" * (-sum(map(len, pieces)) % alignment)
-    yield from _read(source, header.path, header.data_offset, size)
+    return [*pieces, b"\0" * (-sum(map(len, pieces)) % alignment)]
 
 
 def _read(source: BufferedReader, path: Path, start: int, end: int) -> Iterator[bytes]:

@@ -5,32 +5,42 @@ Contract: llama.cpp's `src/models/llama.cpp` (what the loader reads) and `conver
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevlm.converters import gguf_file, weights
+from edgevlm.converters import quant, weights
 from edgevlm.converters.gguf_file import PlannedTensor
 from edgevlm.converters.mapping import Mapped, Source
-from edgevlm.converters.quant import Recipe
 from edgevlm.converters.resolve import Resolved
 from edgevlm.converters.tokenizer import Vocabulary
 from edgevlm.converters.transforms import rope_factors_llama3
+from edgevlm.converters.weights import Feed
 
+ARCH = "llama"
 _ROPE_FREQS = "rope_freqs.weight"
 
 
-def plan(mapped: Mapped, resolved: Resolved, wanted: Recipe) -> list[PlannedTensor]:
-    """The tensors of the file that the quantizer reads, or of the final file for a `direct` recipe.
+def plan(
+    sources: Mapping[str, Source], resolved: Resolved, kinds: Mapping[str, str], feed: Feed | None = None
+) -> list[PlannedTensor]:
+    """The tensors of a file.
 
-    Matrices keep the checkpoint's own type on the way to the quantizer, which loses nothing and needs no more room than
-    the checkpoint; vectors (norms) are float32 everywhere, as llama.cpp demands.
+    Args:
+        sources: See `sources`.
+        resolved: The numbers of the checkpoint.
+        kinds: For each matrix its ggml type. Vectors (norms) are float32 everywhere, as llama.cpp demands.
+        feed: Where their bytes come from.
     """
-    planned = [_plan_one(name, source, wanted) for name, source in sources(mapped).items()]
+    feed = feed or Feed()
+    planned = []
+    for name, source in sources.items():
+        kind = kinds[name] if len(source.tensor.shape) > 1 else "F32"
+        planned.append(PlannedTensor(name, source.tensor.shape, kind, partial(feed.blocks, name, source, kind)))
     rope = resolved.llama.rope
     if rope["rope_type"] == "llama3":
         factors = rope_factors_llama3(
@@ -41,8 +51,18 @@ def plan(mapped: Mapped, resolved: Resolved, wanted: Recipe) -> list[PlannedTens
             high=rope["high_freq_factor"],
             original_context=rope["original_max_position_embeddings"],
         )
-        planned.insert(0, PlannedTensor(_ROPE_FREQS, factors.shape, "F32", lambda: factors))
+        planned.insert(0, PlannedTensor(_ROPE_FREQS, factors.shape, "F32", lambda: (factors,)))
     return planned
+
+
+def in_quantizer_order(tensors: list[PlannedTensor]) -> list[PlannedTensor]:
+    """As llama.cpp's quantizer orders a file: what belongs to no block first, blocks by number, names inside."""
+
+    def key(tensor: PlannedTensor) -> tuple[int, str]:
+        block = re.match(r"blk\.(\d+)\.", tensor.name)
+        return (int(block[1]) if block else -1, tensor.name)
+
+    return sorted(tensors, key=key)
 
 
 def sources(mapped: Mapped) -> dict[str, Source]:
@@ -56,38 +76,25 @@ def sources(mapped: Mapped) -> dict[str, Source]:
     return {**mapped.decoder, "output.weight": mapped.head}
 
 
-def exact_matrices(mapped: Mapped) -> dict[str, Callable[[int], NDArray[np.float32]]]:
+def exact_matrices(sources: Mapping[str, Source]) -> dict[str, Callable[[int], NDArray[np.float32]]]:
     """For each matrix of the file a function that gives each `step`-th row of its true values, in the file's order."""
-    return {
-        name: partial(weights.sampled, source)
-        for name, source in sources(mapped).items()
-        if source.tensor.bits.ndim > 1
-    }
+    return {name: partial(weights.sampled, source) for name, source in sources.items() if source.tensor.bits.ndim > 1}
 
 
-def _plan_one(name: str, source: Source, wanted: Recipe) -> PlannedTensor:
-    shape = source.tensor.shape
-    matrix_kind = wanted.types[0] if wanted.direct else source.tensor.dtype
-    kind = matrix_kind if len(shape) > 1 else "F32"
-    return PlannedTensor(name, shape, kind, partial(weights.stored, source, kind))
+def metadata(
+    resolved: Resolved, vocabulary: Vocabulary, general: Mapping[str, str], file_type: int, *, quantized: bool
+) -> dict[str, Any]:
+    """The keys of a file, without `general.architecture`; in the order of llama.cpp's quantizer for its files."""
+    keys = {"general.type": "model", **general, "general.file_type": file_type, **llama_keys(resolved)}
+    keys |= _tokenizer_keys(vocabulary)
+    if quantized:
+        del keys["general.file_type"]
+        keys |= {"general.quantization_version": quant.VERSION, "general.file_type": file_type}
+    return keys
 
 
-def write(
-    path: Path, resolved: Resolved, vocabulary: Vocabulary, tensors: list[PlannedTensor], file_type: int,
-    general: dict[str, str],
-) -> None:  # fmt: skip
-    """Write the file; see `gguf_file.write` for the errors."""
-    metadata = {
-        "general.type": "model",
-        **general,
-        "general.file_type": file_type,
-        **_llama_keys(resolved),
-        **_tokenizer_keys(vocabulary),
-    }
-    gguf_file.write(path, "llama", metadata, tensors)
-
-
-def _llama_keys(resolved: Resolved) -> dict[str, Any]:
+def llama_keys(resolved: Resolved) -> dict[str, Any]:
+    """What llama.cpp must know of the model's sizes."""
     decoder, llama = resolved.spec.decoder, resolved.llama
     keys: dict[str, Any] = {
         "llama.block_count": decoder.layers,

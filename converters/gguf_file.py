@@ -1,46 +1,60 @@
-"""GGUF files, written and read back one tensor at a time: the only import of the package `gguf`.
+"""GGUF files, written in one stream and read back one tensor at a time: the only import of the package `gguf`.
 
-The writer leaves out everything that differs between two runs (dates, paths, ids): equal input gives equal bytes.
+The writer leaves out everything that differs between two runs (dates, paths, ids): equal input gives equal bytes. The
+header is known before the first weight is read, and so is the size of the file. Format: ggml's `docs/gguf.md`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
-from collections.abc import Callable, Iterator
+import os
+import struct
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgevlm.errors import CheckpointError, need
 from edgevlm.files import open_regular
-from edgevlm.gguf import GGUFHeader
+from edgevlm.gguf import GGUFHeader, read_container
 from edgevlm.storage import storage_errors
 
 #: Stored type -> the numpy type that carries its bits.
 PLAIN_TYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
+_MAGIC, _VERSION, _ALIGNMENT = b"GGUF", 3, 32
+# enum gguf_type -> struct format; a text has none
+_STRING, _ARRAY = 8, 9
+_FORMATS = {4: "<I", 5: "<i", 6: "<f", 7: "<?"}
+_SCALAR_TYPES = {bool: 7, str: _STRING, float: 6, int: 4}
+#: Types whose bits numpy has a type for; gguf takes the others as bytes.
+_TYPED = ("F32", "F16")
+_ITEM_TYPES = {str: _STRING, float: 6, int: 5}
+
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor to write: `produce()` gives its bits (float32, float16, or bfloat16 as uint16) when its turn comes."""
+    """A tensor to write: `produce()` gives its bytes when its turn comes, as arrays that follow one another."""
 
     name: str
     shape: tuple[int, ...]
     type: str
-    produce: Callable[[], NDArray[Any]]
+    produce: Callable[[], Iterable[NDArray[Any]]]
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * PLAIN_TYPES[self.type].itemsize
+        return nbytes(self.shape, self.type)
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a finished file: `bits` is a view of the mapped file, rows outermost for quantized types."""
+    """A tensor of a finished file: `bits` is a view of the mapped file, bytes in rows unless it is F32 or F16."""
 
     name: str
     shape: tuple[int, ...]
@@ -49,59 +63,128 @@ class StoredTensor:
     bits: NDArray[Any]
 
 
-def write(path: Path, arch: str, metadata: dict[str, Any], tensors: list[PlannedTensor]) -> None:
+def header(arch: str, metadata: dict[str, Any], tensors: list[PlannedTensor]) -> bytes:
+    """Everything before the weights, padded.
+
+    Args:
+        arch: `general.architecture`.
+        metadata: Keys in file order. bool, str, float (stored as float32) and int (uint32); lists of str, int (int32)
+            or float (float32).
+        tensors: In file order.
+    """
+    keys = {"general.architecture": arch, **metadata}
+    parts = [_MAGIC, struct.pack("<IQQ", _VERSION, len(tensors), len(keys))]
+    for key, value in keys.items():
+        parts += [_text(key), _value(value)]
+    offset = 0
+    for tensor in tensors:
+        dims = struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *reversed(tensor.shape))
+        parts += [_text(tensor.name), dims, struct.pack("<IQ", type_id(tensor.type), offset)]
+        offset += padded(tensor.nbytes)
+    joined = b"".join(parts)
+    return joined + bytes(-len(joined) % _ALIGNMENT)
+
+
+def file_bytes(head: bytes, tensors: Iterable[PlannedTensor]) -> int:
+    """The size of the file that `write` makes."""
+    return len(head) + sum(padded(tensor.nbytes) for tensor in tensors)
+
+
+def padded(size: int) -> int:
+    """Bytes that a tensor takes in a file, with what keeps the next one aligned."""
+    return size + -size % _ALIGNMENT
+
+
+def write(path: Path, head: bytes, tensors: list[PlannedTensor]) -> None:
     """Write a file.
 
     Args:
         path: Must not exist.
-        arch: `general.architecture`.
-        metadata: Keys in file order. bool, str, float (stored as float32) and int (uint32); lists of str, int (int32)
-            or float (float32).
+        head: What `header` made of these tensors.
         tensors: In file order.
 
     Raises:
         StorageError: the disk is full or refuses.
         CheckpointError: whatever a tensor's `produce` raises.
     """
-    gguf = need("gguf", "convert")
-    writer = gguf.GGUFWriter(None, arch)
-    for key, value in metadata.items():
-        _add(gguf, writer, key, value)
-    for tensor in tensors:
-        kind = gguf.GGMLQuantizationType[tensor.type]
-        writer.add_tensor_info(tensor.name, tensor.shape, PLAIN_TYPES[tensor.type], tensor.nbytes, kind)
+    needed = file_bytes(head, tensors)
+    with storage_errors(path, needed=needed):
+        file = open(path, "xb")  # noqa: SIM115 - closed below, where a failure has to become ours as well
     try:
-        with storage_errors(path, needed=sum(tensor.nbytes for tensor in tensors)):
-            writer.write_header_to_file(path)
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
+        _write_all(file, path, needed, [head])
         for tensor in tensors:
-            values = tensor.produce()
-            assert (values.shape, values.dtype) == (tensor.shape, PLAIN_TYPES[tensor.type]), tensor.name
-            with storage_errors(path, needed=sum(tensor.nbytes for tensor in tensors)):
-                writer.write_tensor_data(np.ascontiguousarray(values))
+            written = _write_all(file, path, needed, tensor.produce())
+            assert written == tensor.nbytes, f"{tensor.name} has {written} bytes, {tensor.nbytes} were planned"
+            _write_all(file, path, needed, [bytes(-written % _ALIGNMENT)])
     finally:
-        with storage_errors(path):
-            writer.close()
+        with storage_errors(path, needed=needed):
+            file.close()
 
 
-def _add(gguf: Any, writer: Any, key: str, value: Any) -> None:
-    """Add one key with its type made explicit: gguf's own `add_array` guesses from the first item."""
-    kinds = gguf.GGUFValueType
-    kind_of = {bool: kinds.BOOL, str: kinds.STRING, float: kinds.FLOAT32, int: kinds.UINT32}
+@contextlib.contextmanager
+def hollow(head: bytes, tensors: list[PlannedTensor]) -> Iterator[Path]:
+    """A file whose weights are a hole: it has its full length and takes no room. For what reads headers alone.
+
+    Raises:
+        StorageError: not even such a file can be made.
+    """
+    with contextlib.ExitStack() as stack:
+        with storage_errors(Path(tempfile.gettempdir()), needed=file_bytes(head, tensors)):
+            file: IO[bytes]
+            if hasattr(os, "memfd_create") and os.path.exists("/proc/self/fd"):
+                file = stack.enter_context(os.fdopen(os.memfd_create("edgevlm"), "wb"))
+                path = Path(f"/proc/self/fd/{file.fileno()}")
+            else:
+                file = stack.enter_context(tempfile.NamedTemporaryFile("wb"))
+                path = Path(file.name)
+            file.write(head)
+            file.flush()
+            file.truncate(file_bytes(head, tensors))
+        yield path
+
+
+def _write_all(file: IO[bytes], path: Path, needed: int, blocks: Iterable[bytes | NDArray[Any]]) -> int:
+    """Write blocks one after the other, each before the next is asked for; returns the bytes."""
+    written = 0
+    for block in blocks:
+        whole = np.ascontiguousarray(block).data if isinstance(block, np.ndarray) else block
+        with storage_errors(path, needed=needed):
+            written += file.write(whole)
+            file.flush()
+    return written
+
+
+def _text(text: str) -> bytes:
+    raw = text.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _value(value: Any) -> bytes:
+    """A value behind its type."""
     if not isinstance(value, list):
-        writer.add_key_value(key, value, kind_of[type(value)])
-        return
-    item_kind = {str: kinds.STRING, int: kinds.INT32, float: kinds.FLOAT32}[type(value[0])]
-    writer.add_key_value(key, value, kinds.ARRAY, sub_type=item_kind)
+        kind = _SCALAR_TYPES[type(value)]
+        return struct.pack("<I", kind) + (_text(value) if kind == _STRING else struct.pack(_FORMATS[kind], value))
+    kind = _ITEM_TYPES[type(value[0])]
+    head = struct.pack("<IIQ", _ARRAY, kind, len(value))
+    if kind == _STRING:
+        return head + b"".join([_text(item) for item in value])
+    return head + struct.pack(f"<{len(value)}{_FORMATS[kind][1]}", *value)
 
 
 def read_tensors(path: Path) -> Iterator[StoredTensor]:
     """The tensors of a finished file, in file order."""
     gguf = need("gguf", "convert")
-    for tensor in gguf.GGUFReader(path).tensors:
-        shape = tuple(int(size) for size in reversed(tensor.shape))
-        yield StoredTensor(tensor.name, shape, tensor.tensor_type.name, int(tensor.n_bytes), tensor.data)
+    found = read_container(path)
+    with open(path, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    for tensor in found.tensors:
+        kind = gguf.GGMLQuantizationType(tensor.type_id)
+        raw = np.frombuffer(mapped, np.uint8, tensor.nbytes, found.data_offset + tensor.offset)
+        if kind.name in _TYPED:
+            bits = raw.view(PLAIN_TYPES[kind.name]).reshape(tensor.shape)
+        else:
+            bits = raw.reshape(*tensor.shape[:-1], -1)
+        yield StoredTensor(tensor.name, tensor.shape, kind.name, tensor.nbytes, bits)
 
 
 def map_tensors(header: GGUFHeader) -> dict[str, StoredTensor]:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm import families
-from edgevlm.converters import decoder
+from edgevlm.converters import decoder, forecast
 from edgevlm.converters.checkpoint import Checkpoint, open_checkpoint, unchanged
 from edgevlm.converters.decoder import DecoderPlan
 from edgevlm.converters.mapping import Mapped, Source, map_tensors
-from edgevlm.converters.prepared import Prepared, Report, Values
+from edgevlm.converters.prepared import EncoderWeight, EncoderWeights, Prepared
+from edgevlm.converters.progress import Progress
 from edgevlm.converters.provenance import general_keys, provenance
 from edgevlm.converters.resolve import Resolved, resolve
 from edgevlm.converters.tokenizer import Vocabulary, choose_template, read_tokens, read_vocabulary
@@ -37,6 +38,10 @@ class Model:
         """Whose model this is, for the record, in our words and not in the checkpoint's."""
         known = self.family.origin
         return {"origin": {key: text for key, text in asdict(known).items() if text}} if known else {}
+
+    def general_keys(self) -> dict[str, str]:
+        """`general.*` keys of the decoder's file."""
+        return general_keys(self.checkpoint, self.resolved.spec.name, self.family.origin)
 
     def check_unchanged(self) -> None:
         """Refuse a checkpoint of which a file has changed since it was opened.
@@ -104,36 +109,52 @@ def prepare(model: Model, planned: DecoderPlan, *, source: str | None) -> Prepar
         planned: What becomes of its decoder.
         source: Where it comes from, for the record; the model's name by default.
     """
-    spec, mapped = model.resolved.spec, model.mapped
-    record = provenance(model.checkpoint, source=source or spec.name, arguments=dict(planned.arguments))
-    record |= planned.record() | model.origin()
-    if model.tower is not None:
-        record["tower"] = {"source": model.tower.folder.resolve().name, "source_files": model.tower.hashes()}
+    resolved, mapped, origin = model.resolved, model.mapped, model.family.origin
     return Prepared(
-        spec=spec,
-        vision=model.resolved.vision,
-        tower=_values(mapped.tower),
-        connector=_values(mapped.connector),
-        encoder_weights=sum(one.tensor.bits.size for one in [*mapped.tower.values(), *mapped.connector.values()]),
+        spec=resolved.spec,
+        vision=resolved.vision,
+        tower=encoder_weights(mapped.tower),
+        connector=encoder_weights(mapped.connector),
         decoder_type=planned.recipe.name,
+        reason=planned.reason,
         decoder_bytes=planned.peak_bytes,
-        write_decoder=partial(_write_decoder, model, planned),
-        record={**record, "unused_tensors": list(mapped.unused)},
+        foresee_decoder=partial(forecast.of_decoder, mapped, resolved, planned),
+        write_decoder=partial(_write_decoder, planned),
+        compare_decoder=partial(_compare_decoder, planned),
+        record=partial(_record, model, planned, source or resolved.spec.name),
         check_unchanged=model.check_unchanged,
+        notices=(origin.notice,) if origin and origin.notice else (),
     )
 
 
-def _values(sources: Mapping[str, Source]) -> Values:
-    return {name: partial(as_float32, source.tensor) for name, source in sources.items()}
+def encoder_weights(sources: Mapping[str, Source]) -> EncoderWeights:
+    """The weights of a tower or a connector, by our own names."""
+    return {
+        name: EncoderWeight(
+            name=source.tensor.name,
+            shape=source.tensor.shape,
+            type=source.tensor.dtype,
+            nbytes=source.tensor.bits.nbytes,
+            read=partial(as_float32, source.tensor),
+        )
+        for name, source in sources.items()
+    }
 
 
-def _write_decoder(model: Model, planned: DecoderPlan, out: Path, report: Report) -> dict[str, Any]:
-    origin = model.family.origin
-    if origin and origin.notice:
-        report(origin.notice)
-    report(f"decoder to {planned.recipe.name}" + (f": {planned.reason}" if planned.reason else ""))
-    general = general_keys(model.checkpoint, model.resolved.spec.name, origin)
-    return decoder.write(out, planned, model.mapped, model.resolved, model.vocabulary, general, report)
+def _record(model: Model, planned: DecoderPlan, source: str) -> dict[str, Any]:
+    record = provenance(model.checkpoint, source=source, arguments=dict(planned.arguments))
+    record |= planned.record() | model.origin()
+    if model.tower is not None:
+        record["tower"] = {"source": model.tower.folder.resolve().name, "source_files": model.tower.hashes()}
+    return {**record, "unused_tensors": list(model.mapped.unused)}
+
+
+def _write_decoder(planned: DecoderPlan, out: Path, progress: Progress) -> dict[str, Any]:
+    return decoder.write(out, planned, progress)
+
+
+def _compare_decoder(planned: DecoderPlan, out: Path, progress: Progress) -> dict[str, Any]:
+    return decoder.predictions(out, planned, progress)
 
 
 def _open_tower(family: Family, checkpoint: Checkpoint, folder: Path | None) -> Checkpoint | None:

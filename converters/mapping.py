@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from edgevlm.converters.resolve import Resolved
@@ -57,7 +57,7 @@ def map_tensors(family: Family, resolved: Resolved, tensors: Mapping[str, Tensor
     sizes = resolved.sizes
 
     def take(part: Part, prefixes: tuple[str, ...], blocks: int) -> dict[str, Source]:
-        wanted = dict(wanted_weights(part.weights, blocks, sizes))
+        wanted = wanted_leaves(part.weights, blocks, sizes)
         prefix = _spelling(prefixes, wanted, left)
         missing = [prefix + leaf for leaf in wanted if prefix + leaf not in left]
         if missing:
@@ -84,15 +84,17 @@ def map_tensors(family: Family, resolved: Resolved, tensors: Mapping[str, Tensor
     return Mapped(tower=tower, connector=connector, decoder=decoder, head=head, unused=unused)
 
 
-def wanted_weights(
+def wanted_leaves(
     weights: Mapping[str, Weight], blocks: int, sizes: Mapping[str, int]
-) -> Iterator[tuple[str, tuple[str, Weight]]]:
-    """(leaf in the source, (our name, declaration)), once for each block where the leaf has `{i}`."""
+) -> dict[str, tuple[str, Weight]]:
+    """Leaf in the checkpoint -> (our name, declaration), once for each block where the leaf has `{i}`."""
+    found = {}
     for leaf, weight in weights.items():
         if weight.when and not sizes[weight.when]:
             continue
         for i in range(blocks) if "{i}" in leaf else (None,):
-            yield leaf.replace("{i}", str(i)), (weight.to.replace("{i}", str(i)), weight)
+            found[leaf.replace("{i}", str(i))] = (weight.to.replace("{i}", str(i)), weight)
+    return found
 
 
 def _spelling(prefixes: tuple[str, ...], wanted: Mapping[str, object], left: Mapping[str, Tensor]) -> str:

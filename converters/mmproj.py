@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from edgevlm import families
 from edgevlm.converters import gguf_file
 from edgevlm.converters.gguf_file import StoredTensor
-from edgevlm.converters.mapping import listed, wanted_weights
+from edgevlm.converters.mapping import listed, wanted_leaves
 from edgevlm.converters.resolve import ResolvedVision, resolve_vision, vision_sizes
 from edgevlm.converters.resolve_image import triple
 from edgevlm.converters.sections import Section, invalid, unsupported
@@ -311,7 +311,7 @@ def _take(
     where: str, weights: Mapping[str, Weight], blocks: int, sizes: Mapping[str, int], left: dict[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
     """Take the wanted tensors out of `left`: by our own names, in the declared shapes."""
-    wanted = dict(wanted_weights(weights, blocks, sizes))
+    wanted = wanted_leaves(weights, blocks, sizes)
     missing = [name for name in wanted if name not in left]
     if missing:
         raise CheckpointError(f"{where} lacks {listed(missing)}; download it again", code="checkpoint.missing_tensor")

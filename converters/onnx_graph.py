@@ -10,13 +10,15 @@ file beside the graph: one at a time, aligned, never all in memory. A name that 
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgevlm.converters.transforms import quantize_blocks, quantize_columns
 from edgevlm.errors import need
 from edgevlm.storage import storage_errors
 
@@ -30,6 +32,10 @@ _CONTRIB = {
 }  # fmt: skip
 _INLINE_BYTES = 64  # shapes and scalars stay in the graph, where shape inference needs them
 _PAGE_BYTES, _LINE_BYTES = 4096, 64
+
+
+def _alignment(array: NDArray[Any]) -> int:
+    return _PAGE_BYTES if array.nbytes >= _PAGE_BYTES else _LINE_BYTES
 
 
 class Graph:
@@ -55,7 +61,20 @@ class Graph:
         self._outputs: list[Any] = []
         self._counts: dict[str, int] = {}
         with storage_errors(data_path):
-            self._data = open(data_path, "xb")  # noqa: SIM115 - lives as long as the graph; closed by `close`
+            self._data = self._open()
+
+    def _open(self) -> IO[bytes]:
+        return open(self._data_path, "xb")
+
+    @staticmethod
+    def columns(weight_KN: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+        """See `transforms.quantize_columns`."""
+        return quantize_columns(weight_KN)
+
+    @staticmethod
+    def blocks(weight_KN: NDArray[np.float32], block: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        """See `transforms.quantize_blocks`."""
+        return quantize_blocks(weight_KN, block)
 
     @property
     def op(self) -> Operators:
@@ -135,6 +154,12 @@ class Graph:
 
     def save(self, path: Path) -> None:
         """Write the graph beside its data file and finish both."""
+        model = self._finish()
+        with storage_errors(path):
+            self._ir.save(model, path)
+
+    def _finish(self) -> Any:
+        """Close the data file; returns the model."""
         self.close()
         graph = self._ir.Graph(
             self._inputs,
@@ -144,9 +169,7 @@ class Graph:
             opset_imports={"": OPSET, MICROSOFT: 1},
             name=self._name,
         )
-        model = self._ir.Model(graph, ir_version=IR_VERSION, producer_name="edgevlm")
-        with storage_errors(path):
-            self._ir.save(model, path)
+        return self._ir.Model(graph, ir_version=IR_VERSION, producer_name="edgevlm")
 
     def close(self) -> None:
         """Close the data file; safe to call twice."""
@@ -155,9 +178,8 @@ class Graph:
 
     def _append(self, array: NDArray[Any]) -> int:
         """Append to the data file, large tensors on page boundaries so that they can be mapped. Returns the offset."""
-        align = _PAGE_BYTES if array.nbytes >= _PAGE_BYTES else _LINE_BYTES
         with storage_errors(self._data_path):
-            self._data.write(bytes(-self._data.tell() % align))
+            self._data.write(bytes(-self._data.tell() % _alignment(array)))
             offset = self._data.tell()
             self._data.write(array.tobytes())
         return offset
@@ -170,6 +192,48 @@ class Graph:
         assert name not in self._names, f"two things in the graph are called {name!r}"
         self._names.add(name)
         return name
+
+
+class MeasuredGraph(Graph):
+    """A graph that writes nothing: how large it would be, and what would be in it. Weights may hold anything.
+
+    Attributes:
+        nbytes: Size of the graph and of its data, once it was saved.
+        on_weight: Called with the full name and the array of each weight.
+    """
+
+    def __init__(self, name: str, data_path: Path, on_weight: Callable[[str, NDArray[Any]], None]) -> None:
+        self.on_weight = on_weight
+        self.nbytes = (0, 0)
+        self._position = 0
+        super().__init__(name, data_path)
+
+    def _open(self) -> IO[bytes]:
+        return io.BytesIO()
+
+    @staticmethod
+    def columns(weight_KN: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+        return np.zeros(weight_KN.shape, np.int8), np.zeros(weight_KN.shape[1], np.float32)
+
+    @staticmethod
+    def blocks(weight_KN: NDArray[np.float32], block: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        inputs, outputs = weight_KN.shape
+        blocks = -(-inputs // block)
+        return np.zeros((outputs, blocks, block // 2), np.uint8), np.zeros((outputs, blocks), np.float32)
+
+    def weight(self, name: str, array: NDArray[Any]) -> Any:
+        self.on_weight(self.full_name(name), array)
+        # fresh zeros take no memory until somebody looks at them
+        return super().weight(name, np.zeros(array.shape, array.dtype))
+
+    def save(self, path: Path) -> None:
+        proto = self._ir.to_proto(self._finish())
+        self.nbytes = (proto.ByteSize(), self._position)
+
+    def _append(self, array: NDArray[Any]) -> int:
+        offset = self._position + -self._position % _alignment(array)
+        self._position = offset + array.nbytes
+        return offset
 
 
 class Operators:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgevlm.converters.onnx_graph import Graph
-from edgevlm.converters.transforms import quantize_blocks, quantize_columns, to_float16
+from edgevlm.converters.transforms import to_float16
 
 EncoderQuant = Literal["fp32", "fp16", "int8", "int4"]
 
@@ -108,12 +108,12 @@ class Products:
         return self._int8(x, name, weight_KN) if self.quant == "int8" else self._int4(x, name, weight_KN)
 
     def _int8(self, x: Any, name: str, weight_KN: NDArray[np.float32]) -> Any:
-        int8_KN, scale_N = quantize_columns(weight_KN)
+        int8_KN, scale_N = self.graph.columns(weight_KN)
         weight = self.graph.weight(f"{name}.weight.int8", int8_KN)
         return self.graph.op.DynamicQuantizeMatMul(x, weight, self.graph.weight(f"{name}.weight.scale", scale_N))
 
     def _int4(self, x: Any, name: str, weight_KN: NDArray[np.float32]) -> Any:
-        packed, scale_NB = quantize_blocks(weight_KN, INT4_BLOCK)
+        packed, scale_NB = self.graph.blocks(weight_KN, INT4_BLOCK)
         inputs, outputs = weight_KN.shape
         return self.graph.op.MatMulNBits(
             x,

@@ -77,8 +77,23 @@ def build_encoder(
         StorageError: the disk is full or refuses.
         CheckpointError: a weight is not finite, or beyond float16's range for `fp16`.
     """
-    spec, image = vision.encoder, vision.image
     graph = Graph("encoder", path.with_name(path.name + ".data"))
+    build_graph(graph, path, vision, tower, connector, quant, treatments=treatments, probes=probes)
+
+
+def build_graph(
+    graph: Graph,
+    path: Path,
+    vision: ResolvedVision,
+    tower: Weights,
+    connector: Weights,
+    quant: EncoderQuant,
+    *,
+    treatments: Mapping[str, Treatment] | None = None,
+    probes: dict[str, Sample] | None = None,
+) -> None:
+    """The same with a graph that is given, and closed."""
+    spec, image = vision.encoder, vision.image
     try:
         products = Products(
             graph=graph, quant=quant, treatments=treatments or {}, probes=probes, positions=_usual_tokens(vision)
@@ -182,10 +197,11 @@ def _block(build: Build, i: int, residual: Any, delta: Any, delta_bias: Any) -> 
     products = build.products
     normed, residual = _skip_norm(build, f"blk.{i}.ln1", residual, delta, delta_bias, products.smoothing("qkv"))
     smooth_o = products.smoothing("o")
-    v_DK, v_bias = weight("v.weight") / np.reshape(smooth_o, (-1, 1)), weight("v.bias") / smooth_o
-    qkv = products.product(normed, "qkv", np.concatenate([weight("q.weight"), weight("k.weight"), v_DK]).T)
+    qkv_DK = [weight("q.weight"), weight("k.weight"), weight("v.weight") / np.reshape(smooth_o, (-1, 1))]
+    qkv = products.product(normed, "qkv", np.concatenate(qkv_DK).T)
     q, k, v = op.Split(qkv, axis=-1, _outputs=3)
-    qkv_bias = graph.weight("qkv.bias", np.concatenate([weight("q.bias"), weight("k.bias"), v_bias]))
+    qkv_biases = [weight("q.bias"), weight("k.bias"), weight("v.bias") / smooth_o]
+    qkv_bias = graph.weight("qkv.bias", np.concatenate(qkv_biases))
     # scale defaults to 1 / sqrt(head width), which is also CLIP's and SigLIP's
     attended = op.MultiHeadAttention(q, k, v, qkv_bias, num_heads=spec.heads)
     delta = products.product(attended, "o", weight("o.weight").T)

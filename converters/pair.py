@@ -10,9 +10,11 @@ from typing import Any
 from edgevlm.bundle import sha256_of
 from edgevlm.converters import gguf_copy, gguf_file, mmproj
 from edgevlm.converters.checkpoint import FileStatus, locate, status_of
+from edgevlm.converters.gguf_file import StoredTensor
 from edgevlm.converters.loadable import check_header, check_vocabulary, check_weights
 from edgevlm.converters.mmproj import Projector
-from edgevlm.converters.prepared import Prepared, Report
+from edgevlm.converters.prepared import DecoderForecast, EncoderWeight, Fate, Prepared
+from edgevlm.converters.progress import Progress
 from edgevlm.converters.provenance import tool_versions
 from edgevlm.converters.resolve import IMAGE_LITERAL, check_ranges
 from edgevlm.converters.sections import invalid
@@ -74,7 +76,6 @@ def prepare(
     source: str | None,
     template: str | None,
     known_families: tuple[Family, ...] | None,
-    report: Report,
 ) -> Prepared:
     """Read both files.
 
@@ -85,7 +86,6 @@ def prepare(
         source: Where it comes from, for the record; `name` by default.
         template: The name of one of the family's chat templates, instead of the file's own.
         known_families: Families to choose from; every one by default.
-        report: Called with what was corrected or assumed.
 
     Raises:
         FileError: a file does not exist or cannot be read.
@@ -97,8 +97,6 @@ def prepare(
     header = _read_text(text)
     found = mmproj.read_mmproj(projector, n_embd=header.metadata["llama.embedding_length"],
                                known_families=known_families)  # fmt: skip
-    for note in found.notes:
-        report(note)
     prompt = PromptSpec(
         image_token=_image_token(header, found.family),
         tile_texts=found.family.vision.tile_texts if found.family.vision else None,
@@ -113,20 +111,45 @@ def prepare(
     )
     check_ranges(spec)
     chosen = _template(header, found.family, template, prompt)
-    if chosen is not None:
-        report(f"the chat template is that of the family {found.family.name}")
+    notices = [*found.notes, *([f"the chat template is that of the family {found.family.name}"] if chosen else [])]
     return Prepared(
         spec=spec,
         vision=found.vision,
-        tower={ours: partial(mmproj.values, tensor) for ours, tensor in found.tower.items()},
-        connector={ours: partial(mmproj.values, tensor) for ours, tensor in found.connector.items()},
-        encoder_weights=found.weights,
+        tower={ours: _weight(tensor) for ours, tensor in found.tower.items()},
+        connector={ours: _weight(tensor) for ours, tensor in found.connector.items()},
         decoder_type=AS_THE_SOURCE,
-        decoder_bytes=text.stat().st_size,
+        reason="",
+        decoder_bytes=gguf_copy.copied_bytes(header, chosen),
+        foresee_decoder=partial(_foresee, header, chosen, found),
         write_decoder=partial(_write_decoder, header, chosen),
-        record=_record(header, projector, found, source or name, chosen is not None),
+        compare_decoder=_compare_nothing,
+        record=partial(_record, header, projector, found, source or name, chosen is not None),
         check_unchanged=partial(_check_unchanged, status),
+        notices=tuple(notices),
     )
+
+
+def _weight(tensor: StoredTensor) -> EncoderWeight:
+    return EncoderWeight(
+        name=tensor.name,
+        shape=tensor.shape,
+        type=tensor.type,
+        nbytes=tensor.nbytes,
+        read=partial(mmproj.values, tensor),
+    )
+
+
+def _foresee(header: GGUFHeader, template: str | None, found: Projector) -> DecoderForecast:
+    fates = []
+    for tensor in header.tensors:
+        kind = gguf_file.type_name(tensor.type_id)
+        fates.append(
+            Fate(file="decoder.gguf", sources=(tensor.name,), shape=tensor.shape, source_type=kind, name=tensor.name,
+                 type=kind)
+        )  # fmt: skip
+    fates += [Fate(file="", sources=(name,), shape=(), source_type="", name="", type="") for name in found.unused]
+    nbytes = gguf_copy.copied_bytes(header, template)
+    return DecoderForecast(nbytes=nbytes, memory_bytes=nbytes, fates=tuple(fates))  # llama.cpp maps all of the copy
 
 
 def _read_text(path: Path) -> GGUFHeader:
@@ -211,9 +234,13 @@ def _record(header: GGUFHeader, projector: Path, found: Projector, source: str, 
     }
 
 
-def _write_decoder(header: GGUFHeader, template: str | None, out: Path, report: Report) -> dict[str, Any]:
+def _compare_nothing(_out: Path, _progress: Progress) -> dict[str, Any]:
+    """The weights are copied: no prediction changes."""
+    return {}
+
+
+def _write_decoder(header: GGUFHeader, template: str | None, out: Path, progress: Progress) -> dict[str, Any]:
     """Copy the text model, and look at the copy as the runtime will."""
-    report("decoder as the source has it")
     gguf_copy.copy(header, out, template)
     check_header(out)
     check_vocabulary(out, ())

@@ -10,12 +10,64 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgevlm.converters.progress import Progress
 from edgevlm.converters.resolve import ResolvedVision
 from edgevlm.spec import ModelSpec
 
-Report = Callable[[str], None]
-#: By our own name of a weight what gives its values as float32.
-Values = Mapping[str, Callable[[], NDArray[np.float32]]]
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderWeight:
+    """A weight of a tower or a connector.
+
+    Attributes:
+        name, shape, type: In the source.
+        nbytes: What it takes there.
+        read: Gives its values, float32, finite.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    nbytes: int
+    read: Callable[[], NDArray[np.float32]]
+
+
+#: By our own names.
+EncoderWeights = Mapping[str, EncoderWeight]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fate:
+    """What becomes of some tensors of a source, mostly of one.
+
+    Attributes:
+        file: Of the bundle; empty for what is left out.
+        sources: Names in the source; none for what is computed.
+        shape, source_type: Of the first of them.
+        name, type: In the file.
+    """
+
+    file: str
+    sources: tuple[str, ...]
+    shape: tuple[int, ...]
+    source_type: str
+    name: str
+    type: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderForecast:
+    """What becomes of a decoder.
+
+    Attributes:
+        nbytes: Size of decoder.gguf.
+        memory_bytes: What its largest step takes.
+        fates: Of its tensors, and of those that are left out.
+    """
+
+    nbytes: int
+    memory_bytes: int
+    fates: tuple[Fate, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,21 +78,33 @@ class Prepared:
         spec: What the runtime will obey.
         vision: The numbers of tower and connector; None if the model knows text only.
         tower, connector: Their weights.
-        encoder_weights: How many numbers those are.
         decoder_type: How the decoder's weights are stored, in a word.
+        reason: Why so, if it was chosen; else empty.
         decoder_bytes: What writing the decoder takes on the disk, at most.
+        foresee_decoder: Says what becomes of the decoder.
         write_decoder: Writes the decoder to a path that does not exist, and returns what that cost.
-        record: The section `provenance`, whose `arguments` are still the decoder's alone.
+        compare_decoder: Compares a written decoder's predictions with the source's; empty if there is nothing to say.
+        record: Gives the section `provenance`, whose `arguments` are still the decoder's alone; reads every file of
+            the source.
         check_unchanged: Raises a CheckpointError if a file of the source is another one by now.
+        notices: What the user should know, told once.
     """
 
     spec: ModelSpec
     vision: ResolvedVision | None
-    tower: Values
-    connector: Values
-    encoder_weights: int
+    tower: EncoderWeights
+    connector: EncoderWeights
     decoder_type: str
+    reason: str
     decoder_bytes: int
-    write_decoder: Callable[[Path, Report], dict[str, Any]]
-    record: dict[str, Any]
+    foresee_decoder: Callable[[], DecoderForecast]
+    write_decoder: Callable[[Path, Progress], dict[str, Any]]
+    compare_decoder: Callable[[Path, Progress], dict[str, Any]]
+    record: Callable[[], dict[str, Any]]
     check_unchanged: Callable[[], None]
+    notices: tuple[str, ...] = ()
+
+    @property
+    def encoder_weights(self) -> int:
+        """How many numbers tower and connector have."""
+        return sum(int(np.prod(one.shape)) for part in (self.tower, self.connector) for one in part.values())

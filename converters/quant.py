@@ -1,17 +1,19 @@
 """Types of decoder weights, and llama.cpp's quantizer, called in this process.
 
 llama.cpp mixes types within one recipe and replaces a type whose block does not divide a tensor's rows, with no more
-than a log line. `Recipe.types` says what the recipe may produce, so that `verify.py` can name every replacement.
+than a log line. So it is asked first, by a rehearsal on a file without weights, which type each tensor gets; then the
+same functions that its own quantizer calls make them, block by block, from the checkpoint itself: no file in between,
+and the size is known beforehand. The result is the file that `llama-quantize` writes, byte by byte.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -20,11 +22,15 @@ from numpy.typing import NDArray
 
 from edgevlm import llama
 from edgevlm.converters import gguf_file
-from edgevlm.errors import BackendError, UsageError
-from edgevlm.machine import usable_cpus
-from edgevlm.storage import free_bytes, full, storage_errors
+from edgevlm.converters.gguf_file import PlannedTensor
+from edgevlm.errors import BackendError, CheckpointError, UsageError
 
-_BUFFER_BYTES = 256 << 20  # rows in memory at once; llama.cpp's own default of 8 GiB is too much for a small board
+#: `GGML_QNT_VERSION`: the version of the quantized formats, which files carry.
+VERSION = 2
+# "[  3/ 20] blk.0.attn_k.weight - [64, 32, 1, 1], type = f16, size = 1.00 MiB -> 0.50 MiB (q8_0)"
+_REHEARSED = re.compile(
+    r"\[ *\d+/ *\d+\] (\S+) +- \[[^]]*\], type = +\w+, size = +[\d.]+ MiB(?: -> +[\d.]+ MiB \((\w+)\))?"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,49 +88,109 @@ def recipe(name: str) -> Recipe:
     return found
 
 
-def quantize(
-    source: Path,
-    out: Path,
+def stored_types(
+    arch: str,
+    metadata: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
     wanted: Recipe,
     *,
-    size_estimate: int,
     importance: Mapping[str, NDArray[np.float32]] | None = None,
     types: Mapping[str, str] | None = None,
-) -> None:
-    """Quantize a GGUF file with llama.cpp; the result does not depend on the number of threads.
+) -> dict[str, str]:
+    """Which type llama.cpp's quantizer gives to each matrix.
 
     Args:
-        source: F32, F16 or BF16 matrices.
-        out: Must not exist.
+        arch, metadata: Of the file; the sizes of the model are enough.
+        shapes: Every tensor of the file, matrices and vectors.
         wanted: Not a `direct` recipe.
-        size_estimate: Bytes that `out` will take, to tell a full disk from other failures.
-        importance: For each matrix how much each of its inputs matters, float32 [row width] (see `imatrix.py`). With
-            it llama.cpp would store a few matrices of `q4_0` as Q4_1, were that recipe not pure.
+        importance: For each matrix how much each of its inputs matters, float32 [row width] (see `imatrix.py`).
         types: For single matrices another ggml type than the recipe's; its blocks must divide their rows.
 
+    Returns:
+        GGUF name -> ggml type, of matrices alone, in the order of the quantizer's files.
+
     Raises:
-        StorageError: the disk is full.
-        BackendError: llama.cpp failed, with the end of its log.
+        BackendError: llama.cpp refuses the model, with the end of its log.
+        StorageError: a file as large as the checkpoint, but empty, cannot be made.
     """
     native = llama.library()
     params = native.llama_model_quantize_default_params()
-    params.nthread = usable_cpus()
+    params.dry_run = True
     params.ftype = wanted.file_type
     params.pure = wanted.pure
-    params.max_buf_size = _BUFFER_BYTES
     # llama.cpp reads these arrays during the call: they need names of their own, or they would be freed before.
     entries, overrides = _imatrix(native, importance or {}), _overrides(native, types or {})
     if importance:
         params.imatrix = entries
     if types:
         params.tt_overrides = overrides
-    llama.clear_log()
-    status = native.llama_model_quantize(os.fsencode(source), os.fsencode(out), ctypes.byref(params))
-    if status == 0:
-        return
-    reason = llama.last_log()
-    _check_room(out, size_estimate)
-    raise BackendError(f"llama.cpp could not quantize to {wanted.name}: {reason}", code="backend.failed")
+    tensors = [
+        PlannedTensor(name, shape, "F16" if len(shape) > 1 else "F32", lambda: ()) for name, shape in shapes.items()
+    ]
+    with (
+        gguf_file.hollow(gguf_file.header(arch, dict(metadata), tensors), tensors) as path,
+        llama.recorded_log() as log,
+    ):
+        status = native.llama_model_quantize(os.fsencode(path), b"", ctypes.byref(params))
+    if status != 0:
+        raise BackendError(f"llama.cpp could not quantize to {wanted.name}: {llama.last_log()}", code="backend.failed")
+    found = {name: (kind or "F16").upper() for name, kind in _REHEARSED.findall("".join(log))}
+    assert set(found) == set(shapes), "llama.cpp's log has another form than this version should have"
+    return {name: kind for name, kind in found.items() if len(shapes[name]) > 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Functions:
+    """Of ggml, which llama.cpp's library brings along and the binding does not declare."""
+
+    quantize: Any
+    validate: Any
+
+
+@functools.cache
+def _functions() -> _Functions:
+    native = llama.library()
+    quantize, validate = native._lib.ggml_quantize_chunk, native._lib.ggml_validate_row_data
+    whole = ctypes.c_int64
+    quantize.restype, validate.restype = ctypes.c_size_t, ctypes.c_bool
+    quantize.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, whole, whole, whole, ctypes.c_void_p]
+    validate.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
+    return _Functions(quantize=quantize, validate=validate)
+
+
+def quantize_rows(
+    rows_RD: NDArray[np.float32], kind: str, name: str, importance: NDArray[np.float32] | None = None
+) -> NDArray[np.uint8]:
+    """Rows of a matrix as a ggml type; what becomes of a row does not depend on its neighbours.
+
+    Args:
+        rows_RD: float32 [rows, width], contiguous and finite.
+        kind: A type whose blocks divide the width.
+        name: Of the matrix, for the error.
+        importance: float32 [width], contiguous, or None.
+
+    Returns:
+        uint8, the rows one after the other.
+
+    Raises:
+        CheckpointError: `checkpoint.overflow`: a scale does not fit into float16.
+    """
+    rows, width = rows_RD.shape
+    assert rows_RD.dtype == np.float32, name
+    assert rows_RD.flags.c_contiguous, name
+    assert importance is None or importance.shape == (width,), name
+    assert importance is None or importance.dtype == np.float32, name
+    out = np.empty(gguf_file.nbytes((rows, width), kind), np.uint8)
+    ggml, number = _functions(), gguf_file.type_id(kind)
+    weights = None if importance is None else importance.ctypes.data
+    written = ggml.quantize(number, rows_RD.ctypes.data, out.ctypes.data, 0, rows, width, weights)
+    assert written == out.nbytes, name
+    if not ggml.validate(number, out.ctypes.data, out.nbytes):
+        raise CheckpointError(
+            f"{name} holds {np.abs(rows_RD).max():.6g}, too much for {kind}; convert with bf16 or f32",
+            code="checkpoint.overflow",
+        )
+    return out
 
 
 def _imatrix(native: ModuleType, importance: Mapping[str, NDArray[np.float32]]) -> Any:
@@ -144,16 +210,3 @@ def _overrides(native: ModuleType, types: Mapping[str, str]) -> Any:
     for entry, (name, kind) in zip(entries, types.items(), strict=False):
         entry.pattern, entry.type = f"^{re.escape(name)}$".encode(), gguf_file.type_id(kind)
     return entries
-
-
-def _check_room(out: Path, needed: int) -> None:
-    """Raise StorageError if there is no room for `out`: llama.cpp says only "iostream error" then.
-
-    Free room is compared because a write beyond the end takes none; that write finds the limits on a file's length.
-    """
-    written = out.stat().st_size if out.exists() else 0
-    if written + free_bytes(out) < needed:
-        raise full(out, needed)
-    with storage_errors(out, needed=needed), open(out, "r+b" if written else "wb") as file:
-        file.seek(needed)
-        file.write(b"\0")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevlm.converters import gguf_file
+from edgevlm.converters import gguf_file, pages
 from edgevlm.converters.gguf_file import StoredTensor
 from edgevlm.converters.quant import Recipe
 
@@ -109,6 +109,7 @@ def _squares(exact: Matrix, stored: StoredTensor) -> tuple[float, float]:
     """Sum of squared differences and of squared true weights, over evenly spaced rows."""
     step = max(1, math.prod(stored.shape) // _SAMPLED_WEIGHTS)
     found_RD = gguf_file.values(stored, step)
+    pages.release(stored.bits)
     chosen_RD = exact(step).astype(np.float64)
     return float(((chosen_RD - found_RD) ** 2).sum()), float((chosen_RD**2).sum())
 

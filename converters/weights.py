@@ -1,93 +1,150 @@
-"""Weights on their way out of a checkpoint: checked, reordered and converted in blocks.
+"""Weights on their way out of a checkpoint: checked, reordered, converted and quantized in blocks of whole rows.
 
-A tensor of the type that is wanted passes as it is, a view of the mapped file. Everything else needs the result and
-one block: no more memory than the larger of the two types takes.
+Every processor works on a block of its own; the blocks leave in order. No more than a few of them are in memory,
+however large the tensor is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgevlm.converters import safetensors
-from edgevlm.converters.gguf_file import PLAIN_TYPES
+from edgevlm.converters import pages, quant, safetensors
 from edgevlm.converters.mapping import Source
+from edgevlm.converters.progress import Progress
 from edgevlm.converters.safetensors import Tensor
 from edgevlm.converters.sections import invalid
 from edgevlm.converters.transforms import TRANSFORMS, to_bfloat16_bits, to_float16
+from edgevlm.machine import usable_cpus
 
 _BLOCK_WEIGHTS = 1 << 18
+#: Blocks that are in work or wait for their turn, for each processor.
+_AHEAD = 3
 # All ones in the exponent: infinity or NaN.
 _EXPONENTS = {"F32": (np.dtype("<u4"), 0x7F800000), "F16": (np.dtype("<u2"), 0x7C00), "BF16": (np.dtype("<u2"), 0x7F80)}
 
 
-def check_finite(tensor: Tensor) -> None:
+def check_finite(bits: NDArray[Any], dtype: str, name: str) -> None:
     """Refuse NaN and infinity.
+
+    Args:
+        bits: As stored.
+        dtype: F32, F16 or BF16.
+        name: Of the tensor, for the error.
 
     Raises:
         CheckpointError: `checkpoint.invalid`.
     """
-    unsigned, exponent = _EXPONENTS[tensor.dtype]
-    flat = tensor.bits.reshape(-1).view(unsigned)
+    unsigned, exponent = _EXPONENTS[dtype]
+    flat = bits.reshape(-1).view(unsigned)
     for start in range(0, len(flat), _BLOCK_WEIGHTS):
         if ((flat[start : start + _BLOCK_WEIGHTS] & unsigned.type(exponent)) == exponent).any():
-            raise invalid(f"{tensor.name} holds NaN or infinity")
+            raise invalid(f"{name} holds NaN or infinity")
 
 
 def as_float32(tensor: Tensor) -> NDArray[np.float32]:
     """A copy of a tensor as float32, finite."""
-    check_finite(tensor)
-    return safetensors.widen(tensor)
+    check_finite(tensor.bits, tensor.dtype, tensor.name)
+    values = safetensors.widen(tensor)
+    pages.release(tensor.bits)
+    return values
 
 
-def stored(source: Source, kind: str) -> NDArray[Any]:
-    """A decoder weight as a GGUF file stores it.
+class Feed:
+    """Decoder weights as a GGUF file stores them.
 
     Args:
-        source: Where it comes from.
-        kind: F32, F16 or BF16.
-
-    Returns:
-        float32, float16 or (for BF16) uint16; a view of the mapped file if nothing changes.
-
-    Raises:
-        CheckpointError: `checkpoint.invalid` for NaN or infinity, `checkpoint.overflow`.
+        progress: Told how many bytes of the checkpoint were read.
+        importance: For each matrix how much its inputs matter, by GGUF name (see `imatrix.py`).
     """
-    tensor = source.tensor
-    check_finite(tensor)
-    order = _order(source)
-    if kind == tensor.dtype:
-        return tensor.bits if order is None else tensor.bits[order]
-    narrow: dict[str, Callable[[NDArray[np.float32]], NDArray[Any]]] = {
-        "F32": lambda values: values,
-        "F16": lambda values: to_float16(values, tensor.name),
-        "BF16": to_bfloat16_bits,
-    }
-    found = np.empty(tensor.shape, PLAIN_TYPES[kind])
-    for rows in _row_blocks(tensor):
-        part = tensor.bits[rows] if order is None else tensor.bits[order[rows]]
-        found[rows] = narrow[kind](safetensors.widen_bits(part, tensor.dtype))
-    return found
+
+    def __init__(
+        self, progress: Progress | None = None, importance: Mapping[str, NDArray[np.float32]] | None = None
+    ) -> None:
+        self._progress, self._importance = progress or Progress(), importance or {}
+
+    def blocks(self, name: str, source: Source, kind: str) -> Iterator[NDArray[Any]]:
+        """The bytes of one tensor, in blocks that follow one another.
+
+        Args:
+            name: Its GGUF name.
+            source: Where it comes from.
+            kind: A ggml type.
+
+        Yields:
+            float32, float16, (for BF16) uint16, or (for quantized types) uint8.
+
+        Raises:
+            CheckpointError: `checkpoint.invalid` for NaN or infinity, `checkpoint.overflow`.
+        """
+        tensor, order, threads = source.tensor, _order(source), usable_cpus()
+        importance = self._importance.get(name)
+
+        def work(rows: slice) -> tuple[NDArray[Any], slice]:
+            bits = tensor.bits[rows] if order is None else tensor.bits[order[rows]]
+            check_finite(bits, tensor.dtype, tensor.name)
+            return _converted(bits, tensor.dtype, kind, tensor.name, importance), rows
+
+        with ThreadPoolExecutor(threads) as pool:
+            waiting: deque[Future[tuple[NDArray[Any], slice]]] = deque()
+            try:
+                for rows in _row_blocks(tensor):
+                    waiting.append(pool.submit(work, rows))
+                    if len(waiting) == _AHEAD * threads:
+                        yield from self._next(waiting, tensor)
+                while waiting:
+                    yield from self._next(waiting, tensor)
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+        pages.release(tensor.bits)
+
+    def _next(self, waiting: deque[Future[tuple[NDArray[Any], slice]]], tensor: Tensor) -> Iterator[NDArray[Any]]:
+        block, rows = waiting.popleft().result()
+        yield block
+        pages.release(tensor.bits[rows])
+        self._progress.add(tensor.bits[rows].nbytes)
+
+
+def _converted(
+    bits: NDArray[Any], dtype: str, kind: str, name: str, importance: NDArray[np.float32] | None
+) -> NDArray[Any]:
+    """Finite numbers of one type as another."""
+    if kind == dtype:
+        return bits
+    values = safetensors.widen_bits(bits, dtype)
+    if kind == "F32":
+        return values
+    if kind == "F16":
+        return to_float16(values, name)
+    return to_bfloat16_bits(values) if kind == "BF16" else quant.quantize_rows(values, kind, name, importance)
 
 
 def sampled(source: Source, step: int) -> NDArray[np.float32]:
     """Each `step`-th row of a decoder weight as float32, in the order of the GGUF file."""
     order = _order(source)
     bits = source.tensor.bits[::step] if order is None else source.tensor.bits[order[::step]]
-    return safetensors.widen_bits(bits, source.tensor.dtype)
+    values = safetensors.widen_bits(bits, source.tensor.dtype)
+    pages.release(source.tensor.bits)
+    return values
 
 
 def equal(one: Tensor, other: Tensor) -> bool:
     """Whether two matrices hold the same numbers, whatever their types."""
-    return one.shape == other.shape and all(
-        np.array_equal(
+
+    def same(rows: slice) -> bool:
+        found = np.array_equal(
             safetensors.widen_bits(one.bits[rows], one.dtype), safetensors.widen_bits(other.bits[rows], other.dtype)
         )
-        for rows in _row_blocks(one)
-    )
+        for tensor in (one, other):
+            pages.release(tensor.bits[rows])
+        return found
+
+    return one.shape == other.shape and all(same(rows) for rows in _row_blocks(one))
 
 
 def _order(source: Source) -> NDArray[np.int64] | None:

@@ -10,7 +10,7 @@ import io
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +18,7 @@ from edgevlm.errors import EdgeVLMError, UsageError
 
 if TYPE_CHECKING:
     from edgevlm.answer import Answer
+    from edgevlm.converters import Options
 
 app = typer.Typer(
     name="edgevlm",
@@ -195,46 +196,51 @@ def convert(
             "--fidelity-tokens", metavar="N", help="Predictions to compare with the checkpoint's; 0 for none."
         ),
     ] = 2048,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Write nothing; say what would come out and what it would take.")
+    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="With --dry-run: print one JSON object.")] = False,
 ) -> None:
     """Convert a Hugging Face checkpoint, or a text .gguf with its mmproj, to a bundle.
 
-    Works without torch, one tensor at a time, and leaves nothing behind if it fails.
+    Works without torch, a few blocks of a tensor at a time, and leaves nothing behind if it fails. After a kill or a
+    power cut, the same command goes on with what was finished.
 
     Decoder types: f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, iq4_nl, q4_0. Encoder types: fp32, fp16, int8, int4.
 
     \b
     Examples:
       edgevlm convert ./checkpoint ./bundle --decoder-quant q5_k_m
+      edgevlm convert ./checkpoint ./bundle --dry-run
       edgevlm convert ./checkpoint ./bundle --decoder-quant auto --device pi5
       edgevlm convert ./checkpoint ./bundle --decoder-type ffn_down=q6_k
       edgevlm convert ./llava-v1.5-7b ./bundle --tower ./clip-large-336
       edgevlm convert ./SmolVLM-Q8_0.gguf ./bundle --mmproj ./mmproj-f16.gguf
     """
-    from edgevlm import describe
-    from edgevlm.converters import convert as convert_checkpoint
-    from edgevlm.machine import peak_rss_bytes
+    from edgevlm import converters
+    from edgevlm.options import pairs
 
-    start = time.perf_counter()
-    manifest = convert_checkpoint(
-        checkpoint,
-        out,
+    options = converters.Options(
         mmproj=mmproj,
         decoder_quant=decoder_quant,
         encoder_quant=encoder_quant,
         device=device,
-        decoder_types=_pairs(decoder_type or []),
+        decoder_types=pairs(decoder_type or []),
         imatrix=imatrix,
         calibration=calibration,
         name=name,
         tower=tower,
         template=template,
-        overwrite=overwrite,
         force=force,
         fidelity_tokens=fidelity_tokens,
-        report=(lambda line: typer.echo(line, err=True)) if sys.stderr.isatty() else None,
     )
-    seconds = time.perf_counter() - start
-    typer.echo(describe.conversion(manifest, seconds=seconds, peak_bytes=peak_rss_bytes()), err=True)
+    if json_output and not dry_run:
+        raise UsageError("--json prints what --dry-run finds; add --dry-run")
+    if dry_run:
+        forecast = converters.dry_run(checkpoint, **options)
+        _print(forecast.to_json(), forecast.text(), json_output)
+        return
+    _convert(checkpoint, out, options, overwrite=overwrite)
 
 
 @app.command()
@@ -298,12 +304,10 @@ def show(
       edgevlm models show ./my-bundle
       edgevlm models show smollm2.gguf --json
     """
-    import json
-
     from edgevlm.describe import describe
 
     found = describe(model)
-    _write((json.dumps(found.document, ensure_ascii=False) if json_output else found.text()) + "\n")
+    _print(found.document, found.text(), json_output)
 
 
 def main() -> None:
@@ -320,19 +324,18 @@ def main() -> None:
         sys.exit(error.exit_code)
 
 
-def _pairs(options: list[str]) -> dict[str, str]:
-    """`PATTERN=TYPE` options in their order; a pattern may hold `=` itself."""
-    pairs = {}
-    for option in options:
-        pattern, equals, kind = option.rpartition("=")
-        if not equals or pattern in pairs:
-            raise UsageError(
-                f"--decoder-type {option} is not PATTERN=TYPE"
-                if not equals
-                else f"--decoder-type {pattern} is given twice"
-            )
-        pairs[pattern] = kind
-    return pairs
+def _convert(checkpoint: Path, out: Path, options: Options, *, overwrite: bool) -> None:
+    from edgevlm import converters, describe
+    from edgevlm.machine import peak_rss_bytes
+    from edgevlm.progress import Display
+
+    start = time.perf_counter()
+    with Display() as show:
+        manifest = converters.convert(
+            checkpoint, out, **options, overwrite=overwrite, report=show.report, advance=show.advance
+        )
+    seconds = time.perf_counter() - start
+    typer.echo(describe.conversion(manifest, seconds=seconds, peak_bytes=peak_rss_bytes()), err=True)
 
 
 def _inputs(prompt: str, images: list[str]) -> tuple[str, list[str | bytes]]:
@@ -376,14 +379,15 @@ def _write(text: str) -> None:
             raise error
 
 
-def _report(answer: Answer, json_output: bool) -> None:
-    if json_output:
-        import json
+def _print(document: dict[str, Any], text: str, json_output: bool) -> None:
+    import json
 
-        _write(json.dumps(answer.to_json(), ensure_ascii=False) + "\n")
-        return
-    _write("\n")
-    if sys.stderr.isatty():
+    _write((json.dumps(document, ensure_ascii=False) if json_output else text) + "\n")
+
+
+def _report(answer: Answer, json_output: bool) -> None:
+    _print(answer.to_json(), "", json_output)
+    if not json_output and sys.stderr.isatty():
         t, u = answer.timings, answer.usage
         typer.echo(
             f"load {t.load_s:.2f} s, image {t.decode_image_s + t.preprocess_s + t.encode_s:.2f} s, "

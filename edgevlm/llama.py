@@ -7,10 +7,12 @@ first call. llama.cpp's log never reaches the terminal; its latest warnings and 
 from __future__ import annotations
 
 import collections
+import contextlib
 import ctypes
 import functools
 import os
 import re
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +24,7 @@ LLAMA_CPP_PYTHON = "0.3.36"
 # enum ggml_log_level of the pinned version; the comment in the binding's own _logger.py is of an older one
 _LEVEL_WARN, _LEVEL_ERROR, _LEVEL_CONTINUE = 3, 4, 5
 _log: collections.deque[str] = collections.deque(maxlen=50)
+_recorders: list[list[str]] = []
 
 
 @functools.cache
@@ -80,6 +83,8 @@ def _log_callback(native: ModuleType) -> Any:
         nonlocal previous
         level = previous if level == _LEVEL_CONTINUE else level
         previous = level
+        for recorder in _recorders:
+            recorder.append(text.decode("utf-8", "replace"))
         line = text.decode("utf-8", "replace").strip()
         if level in (_LEVEL_WARN, _LEVEL_ERROR) and line:
             _log.append(line)
@@ -95,3 +100,15 @@ def clear_log() -> None:
 def last_log(lines: int = 3) -> str:
     """The latest warnings and errors since `clear_log`, newest last, joined by "; "; says so if there are none."""
     return "; ".join(list(_log)[-lines:]) or "llama.cpp gave no reason"
+
+
+@contextlib.contextmanager
+def recorded_log() -> Iterator[list[str]]:
+    """Everything that llama.cpp says during the block, in pieces: they end where llama.cpp ended them, not at lines."""
+    clear_log()
+    pieces: list[str] = []
+    _recorders.append(pieces)
+    try:
+        yield pieces
+    finally:
+        _recorders.remove(pieces)

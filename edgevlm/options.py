@@ -70,3 +70,18 @@ def _number(name: str, value: object, low: float, high: float) -> float:
 def _check(ok: bool, name: str, rule: str, found: object) -> None:
     if not ok:
         raise UsageError(f"{name} must be {rule}, found {found!r}")
+
+
+def pairs(options: list[str]) -> dict[str, str]:
+    """`PATTERN=TYPE` options in their order; a pattern may hold `=` itself."""
+    found: dict[str, str] = {}
+    for option in options:
+        pattern, equals, kind = option.rpartition("=")
+        if not equals or pattern in found:
+            raise UsageError(
+                f"--decoder-type {option} is not PATTERN=TYPE"
+                if not equals
+                else f"--decoder-type {pattern} is given twice"
+            )
+        found[pattern] = kind
+    return found

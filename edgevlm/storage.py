@@ -96,19 +96,22 @@ def atomic_write(path: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def commit_folder(out: Path, *, may_replace: Callable[[Path], bool] | None = None) -> Iterator[Path]:
+def commit_folder(out: Path, *, may_replace: Callable[[Path], bool] | None = None, key: str = "") -> Iterator[Path]:
     """Build a folder under a temporary name; it becomes `out` when the block ends, and vanishes if the block raises.
 
     The temporary folder lies beside `out`, named `.NAME.RANDOM.tmp`, with a lock beside it, `.NAME.RANDOM.lock`. Only
-    a killed process leaves them behind; the next call for the same `out` removes them.
+    a killed process leaves them behind; the next call for the same `out` removes them, or goes on with the folder if
+    both have the same key. The lock holds that key, and what `journal.py` writes behind it.
 
     Args:
         out: The final place.
         may_replace: Whether the folder given to it may be removed. It is asked about what is at `out` in the end, and
             again once that lies aside; None keeps everything.
+        key: One line that says what is built; equal keys must lead to equal folders. Empty if nothing is to be
+            continued.
 
     Yields:
-        The temporary folder, empty.
+        The temporary folder: empty, or what a killed process with this key made of it.
 
     Raises:
         StorageError: `storage.exists`, `storage.full` or `storage.failed`.
@@ -117,18 +120,20 @@ def commit_folder(out: Path, *, may_replace: Callable[[Path], bool] | None = Non
     with contextlib.ExitStack() as stack:
         with storage_errors(out):
             stack.callback(_remove_empty, _make_parents(out.parent))
-            _remove_abandoned(out)
-            building, lock = _reserve(out)
+            building, lock = remove_abandoned(out, key) or _reserve(out)
             stack.callback(_release, lock, building.with_suffix(".lock"))
             # After a commit this name is gone or holds the old folder; on any failure, KeyboardInterrupt included, it
             # holds what was built so far.
             stack.callback(shutil.rmtree, building, ignore_errors=True)
-            building.mkdir()
+            if not building.exists():
+                os.write(lock, f"{key}\n".encode())
+                building.mkdir()
         yield building
         with storage_errors(out):
             for file in building.iterdir():
                 _sync_file(file)
             sync_folder(building)
+            os.ftruncate(lock, 0)  # from here on the folder may hold what was at `out`: nothing to go on with
             _move(building, out, may_replace)
 
 
@@ -182,13 +187,17 @@ def _is_open_as(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _remove_abandoned(out: Path) -> None:
+def remove_abandoned(out: Path, key: str = "") -> tuple[Path, int] | None:
     """Remove what killed processes left for `out`: locks that nobody holds, with their folders.
 
     A folder of that name without a lock is not ours. What we may not open or remove is somebody else's, and stays.
+
+    Returns:
+        One folder with this key, with its lock held: it is kept. None if there is none, or the key is empty.
     """
     ours = re.compile(re.escape(f".{out.name}.") + r"[0-9a-f]{8}\.lock")
-    for path in out.parent.iterdir():
+    kept = None
+    for path in sorted(out.parent.iterdir()) if out.parent.is_dir() else ():
         if not ours.fullmatch(path.name) or path.is_symlink() or not path.is_file():
             continue
         with contextlib.suppress(OSError):  # BlockingIOError above all: somebody builds there
@@ -196,11 +205,23 @@ def _remove_abandoned(out: Path) -> None:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 folder = path.with_suffix(".tmp")
-                if _is_open_as(lock, path) and not folder.is_symlink():
-                    shutil.rmtree(folder, ignore_errors=True)
-                    path.unlink()
+                if not _is_open_as(lock, path) or folder.is_symlink():
+                    continue
+                if kept is None and key and _key(lock) == key and folder.is_dir():
+                    kept, lock = (folder, lock), -1
+                    continue
+                shutil.rmtree(folder, ignore_errors=True)
+                path.unlink()
             finally:
-                os.close(lock)
+                if lock >= 0:
+                    os.close(lock)
+    return kept
+
+
+def _key(lock: int) -> str:
+    """What a lock file says is built: its first line, if that is whole."""
+    line, newline, _ = os.pread(lock, 1 << 12, 0).partition(b"\n")
+    return line.decode("utf-8", "replace") if newline else ""
 
 
 def _move(building: Path, out: Path, may_replace: Callable[[Path], bool] | None) -> None:

@@ -18,18 +18,18 @@ from edgevlm import errors
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"edgevlm": ROOT / "edgevlm", "edgevlm.converters": ROOT / "converters"}
-HEAVY = {"PIL", "onnxruntime", "llama_cpp", "gguf", "onnx_ir", "onnx", "jinja2", "typer"}
+HEAVY = {"PIL", "onnxruntime", "llama_cpp", "gguf", "onnx_ir", "onnx", "jinja2", "typer", "rich"}
 #: Besides its one home, Pillow is imported where it is timed.
 TIMED = {"PIL": {"edgevlm.image", "edgevlm.bench"}}
 REFERENCES = {"torch", "transformers", "tokenizers", "safetensors"}
 
 #: Who may import whom inside edgevlm: one direction, from the front ends down to the contracts.
-BASE = {"errors", "files", "spec", "machine", "options", "answer", "text"}
+BASE = {"errors", "files", "spec", "machine", "options", "answer", "progress", "text"}
 STAGES = {"_arrays", "_kernels", "bundle", "decoder", "describe", "encoder", "frames", "generate", "gguf", "gguf_llama",
-          "image", "kernels", "layout", "llama", "preprocess", "prompt", "sampling", "splice", "storage",
+          "image", "journal", "kernels", "layout", "llama", "preprocess", "prompt", "sampling", "splice", "storage",
           "template", "tiling"}  # fmt: skip
 CONVERTERS_MAY = {
-    "errors", "files", "spec", "bundle", "storage", "llama", "encoder", "decoder", "families", "gguf",
+    "errors", "files", "spec", "bundle", "storage", "llama", "encoder", "decoder", "families", "gguf", "journal",
     "image", "preprocess", "prompt",
 }  # fmt: skip
 

@@ -16,8 +16,8 @@ from tiny_text import VARIANTS
 import edgevlm
 from edgevlm import families
 from edgevlm.bundle import open_bundle
-from edgevlm.converters import convert, gguf_decoder, quant
-from edgevlm.converters.mapping import map_tensors, wanted_weights
+from edgevlm.converters import convert, gguf_decoder
+from edgevlm.converters.mapping import map_tensors, wanted_leaves
 from edgevlm.converters.resolve import resolve
 from edgevlm.converters.safetensors import Tensor
 from edgevlm.errors import CapabilityError, CheckpointError
@@ -144,12 +144,13 @@ def _plan(config):
     """The tensors of the GGUF file for a checkpoint whose weights are zeros that take no memory."""
     family = families.find(config["architectures"])
     resolved = resolve(family, config, None, {}, name="x")
-    leaves = dict(wanted_weights(family.decoder.weights, resolved.spec.decoder.layers, resolved.sizes))
+    leaves = wanted_leaves(family.decoder.weights, resolved.spec.decoder.layers, resolved.sizes)
     shapes = {f"model.{leaf}": tuple(resolved.sizes[s] for s in weight.shape) for leaf, (_, weight) in leaves.items()}
     tensors = {
         name: Tensor(name, "BF16", shape, np.broadcast_to(np.uint16(0), shape)) for name, shape in shapes.items()
     }
-    return resolved, gguf_decoder.plan(map_tensors(family, resolved, tensors), resolved, quant.RECIPES["bf16"])
+    sources = gguf_decoder.sources(map_tensors(family, resolved, tensors))
+    return resolved, gguf_decoder.plan(sources, resolved, dict.fromkeys(sources, "BF16"))
 
 
 @pytest.mark.parametrize("spelling", [dict, _respelled], ids=["transformers 4", "transformers 5"])
@@ -163,7 +164,7 @@ def test_llama_3_2_as_published(name, spelling):
     assert resolved.spec.decoder.context_length == 131072
     assert resolved.llama.eos == 128001
     (rope,) = (tensor for tensor in planned if tensor.name == "rope_freqs.weight")
-    found = rope.produce()
+    (found,) = rope.produce()
     assert found.dtype == np.float32
     assert found.shape == (config["head_dim"] // 2,)
     np.testing.assert_array_equal(found, [*[1] * ones, *found[ones:-factors], *[factor] * factors])

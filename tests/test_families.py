@@ -23,6 +23,7 @@ from edgevlm.families.parts import LINEAR
 FOLDER = Path(families.__path__[0])
 DECLARATIONS = [
     FOLDER / "parts.py",
+    FOLDER / "published.py",
     FOLDER / "templates.py",
     FOLDER / "mmproj.py",
     *(FOLDER / f"{name}.py" for name in families.module_names()),

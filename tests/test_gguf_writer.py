@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
-import struct
 
 import gguf
 import numpy as np
@@ -12,6 +13,7 @@ import tiny
 import torch
 from tiny import Variant
 
+from edgevlm import llama
 from edgevlm.converters import convert, gguf_file, quant
 from edgevlm.converters.transforms import (
     quantize_columns,
@@ -27,7 +29,11 @@ RNG = np.random.default_rng(0)
 
 
 def planned(name, array, kind="F32"):
-    return gguf_file.PlannedTensor(name, array.shape, kind, lambda: array)
+    return gguf_file.PlannedTensor(name, array.shape, kind, lambda: (array,))
+
+
+def write(path, metadata, tensors):
+    gguf_file.write(path, gguf_file.header("llama", metadata, tensors), tensors)
 
 
 def test_written_files_read_back(tmp_path):
@@ -41,7 +47,7 @@ def test_written_files_read_back(tmp_path):
         "a.bool": True, "a.text": "ünïcode", "a.float": 0.5, "a.int": 3_000_000_000, "a.texts": ["x", "", "▁"],
         "a.ints": [1, -2], "a.floats": [0.0, -1e9],
     }  # fmt: skip
-    gguf_file.write(path, "llama", metadata, [planned("a", a), planned("b", b), planned("c", c, "BF16")])
+    write(path, metadata, [planned("a", a), planned("b", b), planned("c", c, "BF16")])
     reader = gguf.GGUFReader(path)
     assert reader.fields["general.architecture"].contents() == "llama"
     for key, value in metadata.items():
@@ -60,18 +66,18 @@ def test_one_tensor_at_a_time(tmp_path):
 
     def produce():
         sizes.append(path.stat().st_size)
-        return np.ones((1 << 18,), np.float32)
+        yield np.ones((1 << 18,), np.float32)
 
     tensors = [gguf_file.PlannedTensor(name, (1 << 18,), "F32", produce) for name in "abc"]
-    gguf_file.write(path, "llama", {}, tensors)
+    write(path, {}, tensors)
     assert sizes[1] - sizes[0] >= 1 << 19
     assert sizes[2] - sizes[1] >= 1 << 19
 
 
-def test_a_tensor_of_another_shape_than_planned_is_our_bug(tmp_path):
-    tensor = gguf_file.PlannedTensor("a", (3, 5), "F32", lambda: np.zeros((5, 3), np.float32))
-    with pytest.raises(AssertionError, match="a"):
-        gguf_file.write(tmp_path / "x.gguf", "llama", {}, [tensor])
+def test_a_tensor_of_another_size_than_planned_is_our_bug(tmp_path):
+    tensor = gguf_file.PlannedTensor("a", (3, 5), "F32", lambda: (np.zeros((3, 4), np.float32),))
+    with pytest.raises(AssertionError, match="a has 48 bytes, 60 were planned"):
+        write(tmp_path / "x.gguf", {}, [tensor])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -205,25 +211,62 @@ def test_recipes_are_found_in_any_case():
         quant.recipe("Q9")
 
 
-def test_a_file_that_llama_cpp_cannot_quantize_is_a_backend_error(tmp_path):
-    path = tmp_path / "x.gguf"
-    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0))
+SHAPES = {"token_embd.weight": (300, 256), "output_norm.weight": (256,)} | {
+    f"blk.{i}.{name}.weight": shape
+    for i in range(9)
+    for name, shape in {"attn_v": (64, 256), "ffn_down": (256, 512), "attn_norm": (256,)}.items()
+}
+
+
+def test_a_model_that_llama_cpp_cannot_quantize_is_a_backend_error():
     with pytest.raises(BackendError, match="could not quantize to q8_0"):
-        quant.quantize(path, tmp_path / "out.gguf", quant.RECIPES["q8_0"], size_estimate=100)
+        quant.stored_types("llama", {"general.type": "model"}, SHAPES, quant.RECIPES["q8_0"])
 
 
-def test_quantizing_asks_for_nothing_that_only_linux_has(tmp_path, monkeypatch):
-    for name in ("sched_getaffinity", "posix_fallocate"):
+def test_converting_asks_for_nothing_that_only_linux_has(tmp_path, monkeypatch):
+    wanted = convert(tiny.shared(Variant())[0], tmp_path / "a")
+    for name in ("sched_getaffinity", "posix_fallocate", "memfd_create"):
         monkeypatch.delattr(os, name, raising=False)
-    convert(tiny.shared(Variant())[0], tmp_path / "out", decoder_quant="q8_0")
-    broken = tmp_path / "x.gguf"
-    broken.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0))
-    with pytest.raises(BackendError):
-        quant.quantize(broken, tmp_path / "y.gguf", quant.RECIPES["q8_0"], size_estimate=100)
-    monkeypatch.setattr(quant, "free_bytes", lambda path: 99)  # what a disk without room looks like after the failure
-    with pytest.raises(StorageError, match="no room") as caught:
-        quant.quantize(broken, tmp_path / "z.gguf", quant.RECIPES["q8_0"], size_estimate=100)
+    monkeypatch.delattr(mmap, "MADV_DONTNEED")
+    assert convert(tiny.shared(Variant())[0], tmp_path / "b", advance=lambda *_: None) == wanted
+
+
+def test_a_place_without_room_for_a_hollow_file_is_a_storage_error(monkeypatch):
+    tensors = [planned("a", np.zeros(8, np.float32))]
+
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "memfd_create", refuse)
+    with pytest.raises(StorageError, match="no room") as caught, gguf_file.hollow(b"", tensors):
+        pass
     assert caught.value.code == "storage.full"
+
+
+@pytest.mark.parametrize("kind", [name for name, recipe in quant.RECIPES.items() if not recipe.direct])
+@pytest.mark.parametrize(
+    "variant",
+    [Variant(hidden=256, n_ff=512, layers=3, rope="llama3"), Variant(layers=9, tied=True, dtype=torch.bfloat16)],
+    ids=["fits", "odd rows"],
+)
+def test_the_file_is_the_one_that_llama_cpp_quantizes(tmp_path, kind, variant):
+    """Byte by byte, from our own unquantized file: header, order, types and numbers."""
+    folder, _ = tiny.shared(variant)
+    convert(folder, tmp_path / "out", name="x", decoder_quant=kind, fidelity_tokens=0)
+    own = "bf16" if variant.dtype == torch.bfloat16 else "f32"
+    convert(folder, tmp_path / "exact", name="x", decoder_quant=own, fidelity_tokens=0)
+    wanted = tmp_path / "wanted.gguf"
+    native = llama.library()
+    params = native.llama_model_quantize_default_params()
+    params.ftype, params.pure, params.nthread = quant.RECIPES[kind].file_type, quant.RECIPES[kind].pure, 1
+    exact = tmp_path / "exact" / "decoder.gguf"
+    assert native.llama_model_quantize(os.fsencode(exact), os.fsencode(wanted), ctypes.byref(params)) == 0
+    found = (tmp_path / "out" / "decoder.gguf").read_bytes()
+    assert found == wanted.read_bytes()
+    # The twin: another recipe is another file.
+    params.ftype = quant.RECIPES["q8_0" if kind != "q8_0" else "q6_k"].file_type
+    assert native.llama_model_quantize(os.fsencode(exact), os.fsencode(wanted), ctypes.byref(params)) == 0
+    assert found != wanted.read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0", "iq4_nl"])

@@ -81,7 +81,8 @@ _made = tempfile.TemporaryDirectory(prefix="edgevlm-tiny-")
 @functools.cache
 def shared(variant: Variant) -> tuple[Path, transformers.LlavaForConditionalGeneration]:
     """A checkpoint folder, made once for all tests, and its model. Read-only: use `copy` to change something."""
-    folder = Path(_made.name) / f"{variant.tower}-{abs(hash(variant)):x}"
+    # not named by its hash: that of -1 and -2, as feature layers, is the same
+    folder = Path(tempfile.mkdtemp(prefix=f"{variant.tower}-", dir=_made.name))
     return folder, write(folder, variant)
 
 

@@ -63,7 +63,7 @@ _made = tempfile.TemporaryDirectory(prefix="edgevlm-tiny-smolvlm-")
 @functools.cache
 def shared(variant: Variant) -> tuple[Path, Any, Any]:
     """(folder, model, processor) of a checkpoint, made once for all tests. Read-only."""
-    folder = Path(_made.name) / f"{variant.kind}-{abs(hash(variant)):x}"
+    folder = Path(tempfile.mkdtemp(prefix="model-", dir=_made.name))
     return folder, *write(folder, variant)
 
 

@@ -52,7 +52,7 @@ _made = tempfile.TemporaryDirectory(prefix="edgevlm-tiny-text-")
 @functools.cache
 def shared(variant: TextVariant) -> tuple[Path, transformers.PreTrainedModel]:
     """A checkpoint folder, made once for all tests, and its model. Read-only."""
-    folder = Path(_made.name) / f"{variant.kind}-{abs(hash(variant)):x}"
+    folder = Path(tempfile.mkdtemp(prefix="model-", dir=_made.name))
     return folder, write(folder, variant)
 
 

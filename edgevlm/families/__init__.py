@@ -10,7 +10,7 @@ from typing import Any
 from edgevlm.errors import CheckpointError
 from edgevlm.families.schema import Family, Mmproj
 
-_NOT_FAMILIES = {"schema", "parts", "templates", "mmproj"}
+_NOT_FAMILIES = {"schema", "parts", "published", "templates", "mmproj"}
 
 
 def module_names() -> tuple[str, ...]:

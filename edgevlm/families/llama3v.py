@@ -3,9 +3,9 @@
 Its config.json is sparse: no architecture but in `auto_map`, nothing about tower and slices, which are MiniCPM's.
 """
 
-from edgevlm.families.minicpmv import MINICPMV_IGNORED, MINICPMV_SWITCHES, MINICPMV_VISION
+from edgevlm.families.minicpmv import MINICPMV_CONFIG, MINICPMV_IGNORED, MINICPMV_SWITCHES, MINICPMV_VISION
 from edgevlm.families.parts import LLAMA
-from edgevlm.families.schema import Family, Keys, Origin
+from edgevlm.families.schema import Family, Keys, Origin, Published
 
 FAMILY = Family(
     name="llama3v",
@@ -27,4 +27,14 @@ FAMILY = Family(
         "and a little noise on the weights; its authors withdrew it in June 2024, and no valid licence was published",
     ),
     vision=MINICPMV_VISION,
+    title="Llama 3-V, which is MiniCPM-Llama3-V 2.5",
+    published=(
+        Published(
+            name="Llama 3-V",
+            repositories=("mustafaaljadery/llama3v",),
+            licence="none that is valid; withdrawn by its authors",
+            config={**MINICPMV_CONFIG, "model_type": "llama3v"},
+            processor={},
+        ),
+    ),
 )

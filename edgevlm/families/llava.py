@@ -14,7 +14,8 @@ from edgevlm.families.parts import (
     SIGLIP,
     SIGLIP_PROCESSOR,
 )
-from edgevlm.families.schema import REQUIRED, Family, Keys, Vision
+from edgevlm.families.published import CLIP_IMAGES_336, CLIP_L_336, LLAMA_2_7B, LLAMA_2_13B, LLAMA_2_LICENCE
+from edgevlm.families.schema import REQUIRED, Family, Keys, Published, Vision
 
 FAMILY = Family(
     name="llava",
@@ -54,4 +55,23 @@ FAMILY = Family(
         image_token=("image_token_index", "image_token_id"),
     ),
     mmproj=(LLAVA_SIGLIP,),
-)
+    title="LLaVA in Hugging Face's layout",
+    published=(
+        Published(
+            name="LLaVA 1.5 7B",
+            repositories=("llava-hf/llava-1.5-7b-hf",),
+            licence=LLAMA_2_LICENCE,
+            config={"vision_config": CLIP_L_336, "text_config": {**LLAMA_2_7B, "vocab_size": 32064},
+                    "image_token_index": 32000},
+            processor=CLIP_IMAGES_336,
+        ),
+        Published(
+            name="LLaVA 1.5 13B",
+            repositories=("llava-hf/llava-1.5-13b-hf",),
+            licence=LLAMA_2_LICENCE,
+            config={"vision_config": CLIP_L_336, "text_config": {**LLAMA_2_13B, "vocab_size": 32064},
+                    "image_token_index": 32000},
+            processor=CLIP_IMAGES_336,
+        ),
+    ),
+)  # fmt: skip

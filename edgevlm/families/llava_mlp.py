@@ -5,7 +5,18 @@ The language model's keys and tensors lie at the top, the tower in the repositor
 
 from edgevlm.families.mmproj import LLAVA_MLP
 from edgevlm.families.parts import CLIP, CLIP_PROCESSOR, LLAMA, MM_KEYS, MM_MLP
-from edgevlm.families.schema import Family, Vision
+from edgevlm.families.published import (
+    CLIP_IMAGES_336,
+    CLIP_L_336,
+    LLAMA_2_7B,
+    LLAMA_2_13B,
+    LLAMA_2_LICENCE,
+    LLAMA_3_8B,
+    LLAMA_3_LICENCE,
+    LLAVA_TOP,
+    TWO_FORMS,
+)
+from edgevlm.families.schema import Family, Published, Vision
 from edgevlm.families.templates import LLAVA_LLAMA3, LLAVA_V0, LLAVA_V1
 
 FAMILY = Family(
@@ -34,4 +45,33 @@ FAMILY = Family(
         wrap=("mm_use_im_start_end", "<im_start>", "<im_end>"),
     ),
     mmproj=(LLAVA_MLP,),
-)
+    title="LLaVA 1.5 and LLaVA++ in their own layout",
+    published=(
+        Published(
+            name="LLaVA 1.5 7B",
+            repositories=("liuhaotian/llava-v1.5-7b",),
+            licence=LLAMA_2_LICENCE,
+            layouts=TWO_FORMS,
+            config={**LLAVA_TOP, **LLAMA_2_7B, "mm_projector_type": "mlp2x_gelu", "image_aspect_ratio": "pad"},
+            processor=CLIP_IMAGES_336,
+            tower=CLIP_L_336,
+        ),
+        Published(
+            name="LLaVA 1.5 13B",
+            repositories=("liuhaotian/llava-v1.5-13b",),
+            licence=LLAMA_2_LICENCE,
+            layouts=TWO_FORMS,
+            config={**LLAVA_TOP, **LLAMA_2_13B, "mm_projector_type": "mlp2x_gelu", "image_aspect_ratio": "pad"},
+            processor=CLIP_IMAGES_336,
+            tower=CLIP_L_336,
+        ),
+        Published(
+            name="LLaVA++ Llama 3 8B",
+            repositories=("MBZUAI/LLaVA-Meta-Llama-3-8B-Instruct",),
+            licence=LLAMA_3_LICENCE,
+            config={**LLAVA_TOP, **LLAMA_3_8B, "mm_projector_type": "mlp2x_gelu", "image_aspect_ratio": "pad"},
+            processor=CLIP_IMAGES_336,
+            tower=CLIP_L_336,
+        ),
+    ),
+)  # fmt: skip

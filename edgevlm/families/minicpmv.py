@@ -4,7 +4,8 @@ After the code in its own repository; transformers has no class for it. The deco
 """
 
 from edgevlm.families.parts import BOOKKEEPING, LLAMA, OLD_BOOKKEEPING, SIGLIP_WEIGHTS
-from edgevlm.families.schema import REQUIRED, Family, Keys, Origin, Part, Processor, Tower, Vision, Weight
+from edgevlm.families.published import LLAMA_3_8B
+from edgevlm.families.schema import REQUIRED, Family, Keys, Origin, Part, Processor, Published, Tower, Vision, Weight
 from edgevlm.spec import TileTexts
 
 # The defaults are the sizes of siglip-so400m-14-980: what does not name them has that tower.
@@ -86,6 +87,16 @@ MINICPMV_SWITCHES = {
     "version": ("2.5", 2.5),
 }
 MINICPMV_IGNORED = (*OLD_BOOKKEEPING, "batch_vision_input", "image_size")
+MINICPMV_CONFIG = {
+    **LLAMA_3_8B,
+    "model_type": "minicpmv",
+    "query_num": 96,
+    "slice_config": {"max_slice_nums": 9, "patch_size": 14},
+    "vision_config": {
+        "model_type": "idefics2", "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27,
+        "num_attention_heads": 16, "patch_size": 14, "image_size": 980,
+    },
+}  # fmt: skip
 MINICPMV_VISION = Vision(
     section="vision_config",
     processors=(SLICING_PROCESSOR,),
@@ -133,4 +144,14 @@ FAMILY = Family(
     head_prefixes=("llm.lm_head.",),
     origin=Origin(model="MiniCPM-Llama3-V 2.5, built with Llama 3", repository="openbmb/MiniCPM-Llama3-V-2_5"),
     vision=MINICPMV_VISION,
+    title="MiniCPM-Llama3-V 2.5",
+    published=(
+        Published(
+            name="MiniCPM-Llama3-V 2.5",
+            repositories=("openbmb/MiniCPM-Llama3-V-2_5",),
+            licence="MiniCPM Model License (registration for commercial use), on top of Llama 3's",
+            config=MINICPMV_CONFIG,
+            processor={},
+        ),
+    ),
 )

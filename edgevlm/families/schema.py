@@ -208,6 +208,30 @@ class Origin:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Published:
+    """A model that somebody published, as far as `docs/models.md` needs it; a conversion never looks here.
+
+    Attributes:
+        name: As people call it.
+        repositories: Where it is, the first of them the one that `config` was read from.
+        licence: In a few words, with what it asks of whoever passes the model on.
+        layouts: In which forms its weights come.
+        config, processor: What its config.json and its image processor's settings say about sizes.
+        tower: The same of the tower's own config.json, where the tower lies apart.
+        tied: Whether the checkpoint stores no head of its own.
+    """
+
+    name: str
+    repositories: tuple[str, ...]
+    licence: str
+    layouts: tuple[str, ...] = ("safetensors",)
+    config: Mapping[str, Any]
+    processor: Mapping[str, Any] | None = None
+    tower: Mapping[str, Any] | None = None
+    tied: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """A model family: which parts it joins, and under which names.
 
@@ -224,6 +248,8 @@ class Family:
         vision: None for a family that knows text only.
         origin: None where the checkpoint's own files are all that is known.
         mmproj: For files of llama.cpp that hold tower and connector, beside a text model that is a file of its own.
+        title: The headline in `docs/models.md`.
+        published: Models of this family, for the same page.
     """
 
     name: str
@@ -240,3 +266,5 @@ class Family:
     vision: Vision | None = None
     origin: Origin | None = None
     mmproj: tuple[Mmproj, ...] = ()
+    title: str = ""
+    published: tuple[Published, ...] = ()
