@@ -15,7 +15,7 @@ from edgevlm.converters.mapping import Mapped, Source
 from edgevlm.converters.onnx_graph import MeasuredGraph
 from edgevlm.converters.onnx_vision import EncoderQuant, Weights
 from edgevlm.converters.resolve import Resolved, ResolvedVision
-from edgevlm.machine import peak_rss_bytes, usable_cpus
+from edgevlm.machine import peak_rss_bytes, rss_bytes, usable_cpus
 
 _NUMPY_NAMES = {"float32": "F32", "int8": "I8"}
 # Measured, see docs/conversion.md. What numpy, ONNX Runtime and llama.cpp's quantizer take beside the blocks in work.
@@ -188,14 +188,14 @@ def measure_encoder(mapped: Mapped, vision: ResolvedVision, quant: EncoderQuant)
 
 
 def memory_bytes(resolved: Resolved, planned: DecoderPlan, files: dict[str, int], encoder_quant: EncoderQuant) -> int:
-    """Expected peak of a conversion's memory: what this process took to read everything but the weights, and the
-    largest of its steps."""
+    """Expected peak of a conversion's memory: what this process took to read everything but the weights, or what it
+    still holds of that beside the largest step."""
     steps = [_BLOCKS_BYTES + usable_cpus() * _WORKER_BYTES]
     if planned.compares:
         steps.append(_comparison_bytes(resolved, planned))
     if resolved.vision:
         steps.append(_encoder_bytes(resolved.vision, files["encoder.onnx.data"], encoder_quant))
-    return peak_rss_bytes() + max(steps)
+    return max(peak_rss_bytes(), rss_bytes() + max(steps))
 
 
 def _comparison_bytes(resolved: Resolved, planned: DecoderPlan) -> int:
