@@ -18,7 +18,7 @@ from edgevlm.converters.resolve import Resolved, ResolvedVision
 from edgevlm.machine import peak_rss_bytes, rss_bytes, usable_cpus
 
 _NUMPY_NAMES = {"float32": "F32", "int8": "I8"}
-# Measured, see docs/conversion.md. What numpy, ONNX Runtime and llama.cpp's quantizer take beside the blocks in work.
+# Allowances for what numpy, ONNX Runtime and the quantizer take beside the blocks in work; the tests compare the sum.
 _BLOCKS_BYTES, _WORKER_BYTES = 72 << 20, 12 << 20
 
 
