@@ -24,7 +24,7 @@ from edgevlm.families.schema import Family, Part, Published
 QUANTS = ("q4_k_m", "iq4_nl", "q5_k_m", "q8_0", "f16")
 ENCODER_QUANTS: tuple[EncoderQuant, ...] = ("int8", "int4", "fp16", "fp32")
 _CONTEXT = 4096  # what the runtime reserves by default
-# Python, numpy and both runtimes; llama.cpp's buffers; a picture on its way. Measured with the built-in model.
+# Python, numpy and both runtimes; llama.cpp's buffers; a picture on its way. An allowance, not a measurement.
 _RUNTIME_BYTES = 250 << 20
 _BOARDS_GB = (1, 2, 4, 8, 16, 32, 64)
 

@@ -18,10 +18,10 @@ from edgevlm.converters.onnx_products import EncoderQuant
 from edgevlm.converters.onnx_vision import Weights
 from edgevlm.converters.prepared import DecoderForecast, EncoderWeight, EncoderWeights, Fate, Prepared
 from edgevlm.converters.resolve import Resolved, ResolvedVision
-from edgevlm.machine import peak_rss_bytes, usable_cpus
+from edgevlm.machine import peak_rss_bytes, rss_bytes, usable_cpus
 
 _NUMPY_NAMES = {"float32": "F32", "float16": "F16", "int8": "I8", "uint8": "U4"}
-# Measured, see docs/conversion.md. What numpy, ONNX Runtime and llama.cpp's quantizer take beside the blocks in work.
+# Allowances for what numpy, ONNX Runtime and the quantizer take beside the blocks in work; the tests compare the sum.
 _BLOCKS_BYTES, _WORKER_BYTES = 72 << 20, 12 << 20
 
 
@@ -95,7 +95,8 @@ def predict(prepared: Prepared, seeing: EncoderPlan | None, *, disk_bytes: int) 
     return Forecast(
         files=files,
         disk_bytes=disk_bytes,
-        memory_bytes=peak_rss_bytes() + max(steps),
+        # what this process took to read all but the weights, or what it holds of that beside the largest step
+        memory_bytes=max(peak_rss_bytes(), rss_bytes() + max(steps)),
         tensors=tuple(sorted(fates, key=lambda fate: not fate.file)),
         decoder_quant=prepared.decoder_type,
         encoder_quant=seeing.quant if seeing else None,

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_CHECK_S = 0.02
+_CHECK_S = 0.004  # llama.cpp reads a whole file at once when it maps it: gigabytes a second
 #: Pages of files that llama.cpp maps may stay up to here; less would read them from the disk more often.
 LIMIT_BYTES = 192 << 20
 # address range, permissions, offset, device, inode, path

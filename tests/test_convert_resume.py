@@ -280,7 +280,7 @@ def test_a_full_disk_is_made_good(tmp_path, limit):
     finish(tmp_path, LARGER)
 
 
-@pytest.mark.parametrize(("limit", "kept"), [(150_000, False), (50_000, True)])
+@pytest.mark.parametrize(("limit", "kept"), [(300_000, False), (50_000, True)])
 def test_a_full_disk_after_a_kill_is_made_good(tmp_path, limit, kept):
     """The limit meets the encoder, or already what is checked before anything that was left is touched."""
     leftover = kill_before(tmp_path, "encoder to")
