@@ -22,7 +22,7 @@ from edgevlm.machine import peak_rss_bytes, rss_bytes, usable_cpus
 
 _NUMPY_NAMES = {"float32": "F32", "float16": "F16", "int8": "I8", "uint8": "U4"}
 # Allowances for what numpy, ONNX Runtime and the quantizer take beside the blocks in work; the tests compare the sum.
-_BLOCKS_BYTES, _WORKER_BYTES = 72 << 20, 12 << 20
+_BLOCKS_BYTES, _WORKER_BYTES = 32 << 20, 12 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
