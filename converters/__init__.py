@@ -209,7 +209,8 @@ class _Plan:
     def key(self) -> str:
         """Equal for conversions that give the same bytes: sources by their hashes, arguments, versions of the tools."""
         described = [self.record, spec.to_json(self.prepared.spec), self.fidelity_tokens]
-        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+        # not sorted: of `decoder_types` the first that matches decides
+        return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
     def bytes_needed(self) -> int:
         """What the conversion writes at its peak, roughly: intermediate files included."""
@@ -337,7 +338,7 @@ def _check_out(out: Path, *, overwrite: bool) -> None:
     if not os.path.lexists(out):
         return
     with storage_errors(out):
-        remove_abandoned(out)  # a process that was killed between its commit and its last act leaves a lock
+        remove_abandoned(out, committed=True)
     if not overwrite:
         raise StorageError(
             f"{out} exists already; remove it, choose another name, or overwrite it", code="storage.exists"

@@ -55,8 +55,7 @@ def pictures(height_px: int, width_px: int) -> NDArray[np.uint8]:
         gradient_HWC * 0.1 + noise_HWC * 0.05,  # dark and noisy
         np.where((radius_HW < 0.3)[..., None], noise_HWC, np.array([255, 0, 0])),
     ]
-    rounded_NHWC: NDArray[np.uint8] = np.clip(np.rint(np.stack(images)), 0, 255).astype(np.uint8)
-    return rounded_NHWC
+    return np.stack([np.clip(np.rint(image_HWC), 0, 255).astype(np.uint8) for image_HWC in images])
 
 
 def _discs(random: np.random.RandomState, u_HW: NDArray[np.float64], v_HW: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -114,7 +114,7 @@ def write(
     probes: dict[str, Sample] | None = {} if quant == "int8" else None
     build_encoder(exact, vision, *weights, "fp32", probes=probes)
     _check_all_used(*weights)
-    runs = list(_run(exact, vision, pictures))
+    runs = list(_run(exact, vision, pictures, repack=False))  # all of its weights, as float32: let them stay pages
     _remove(exact)
     reference_TND = np.concatenate([run.pop("embeds_TND") for run in runs])
     if probes is None:
@@ -123,9 +123,11 @@ def write(
     return _best_int8(path, vision, weights, choices, reference_TND, pictures)
 
 
-def _run(path: Path, vision: ResolvedVision, pictures: Pictures) -> Iterator[dict[str, NDArray[np.float32]]]:
+def _run(
+    path: Path, vision: ResolvedVision, pictures: Pictures, *, repack: bool = True
+) -> Iterator[dict[str, NDArray[np.float32]]]:
     """All outputs of a graph, picture by picture, as the runtime encodes."""
-    encoder = Encoder(path, vision.encoder, threads=1)
+    encoder = Encoder(path, vision.encoder, threads=1, repack=repack)
     for tile_CHW in pictures.tiles_TCHW:
         yield encoder.outputs(tile_CHW[None])
 
@@ -141,7 +143,8 @@ def _best_int8(
     """Write the int8 graph; if it is beyond a limit, again with more products in float32."""
     treatments = {name: choice.treatment for name, choice in choices.items()}
     cost = _attempt(path, vision, weights, "int8", treatments, reference_TND, pictures)
-    worst = sorted(choices, key=lambda name: choices[name].error, reverse=True)
+    left = [name for name, choice in choices.items() if not choice.treatment.exact]
+    worst = sorted(left, key=lambda name: choices[name].error, reverse=True)
     for share in _EXACT_SHARES:
         if limits.encoder_is_good(cost, "int8"):
             break

@@ -199,7 +199,7 @@ def _comparison_bytes(resolved: Resolved, planned: DecoderPlan) -> int:
 
 
 def _encoder_bytes(vision: ResolvedVision, exact_bytes: int, pictures: int) -> int:
-    """The float32 graph in ONNX Runtime, which keeps its weights and a repacked copy of them."""
-    positions = vision.positions
+    """The float32 graph in ONNX Runtime, whose weights are pages of the mapped file."""
+    positions = onnx_vision.usual_tokens(vision)
     activations = positions * (vision.encoder.heads * positions + 8 * vision.encoder.intermediate) * 4
-    return 2 * exact_bytes + activations + pictures * 3 * vision.image.height_px * vision.image.width_px * 12
+    return exact_bytes + activations + pictures * 3 * vision.image.height_px * vision.image.width_px * 12

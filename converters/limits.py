@@ -21,6 +21,7 @@ TOP1_AGREEMENT = 0.8
 TOP1_MATTERS_FROM = 0.15  # nats
 #: Mean and minimum over the tokens, by the encoder's form.
 COSINES = {"fp16": (0.99999, 0.9999), "int8": (0.999, 0.99), "int4": (0.95, 0.9)}
+_BETTER_FORMS = {"int4": "int8", "int8": "fp16", "fp16": "fp32"}
 
 
 def exceeded(fidelity: Mapping[str, Any], decoder_quant: str, encoder_quant: str) -> list[str]:
@@ -47,7 +48,7 @@ def exceeded(fidelity: Mapping[str, Any], decoder_quant: str, encoder_quant: str
         found.append(
             f"the encoder as {encoder_quant} sees other things than the checkpoint (cosine {cost['cosine_mean']} on "
             f"average, at least {mean}; {cost['cosine_min']} at worst, at least {least}): "
-            f"try encoder_quant {'int8' if encoder_quant == 'int4' else 'fp32'}"
+            f"try encoder_quant {_BETTER_FORMS[encoder_quant]}"
         )
     return found
 

@@ -58,11 +58,6 @@ class Projector:
     unused: tuple[str, ...]
     notes: tuple[str, ...]
 
-    @property
-    def weights(self) -> int:
-        """How many numbers the encoder is made of."""
-        return sum(int(np.prod(one.shape)) for one in (*self.tower.values(), *self.connector.values()))
-
 
 def read_mmproj(path: Path, *, n_embd: int, known_families: tuple[Family, ...] | None = None) -> Projector:
     """Read an mmproj file; its weights stay on the disk.

@@ -96,7 +96,7 @@ def build_graph(
     spec, image = vision.encoder, vision.image
     try:
         products = Products(
-            graph=graph, quant=quant, treatments=treatments or {}, probes=probes, positions=_usual_tokens(vision)
+            graph=graph, quant=quant, treatments=treatments or {}, probes=probes, positions=usual_tokens(vision)
         )
         size: list[int | str] = ["H", "W"] if image.policy == "slices" else [image.height_px, image.width_px]
         pixels_TCHW = graph.input("pixels_TCHW", ["T", 3, *size])
@@ -113,7 +113,7 @@ def build_graph(
         graph.close()
 
 
-def _usual_tokens(vision: ResolvedVision) -> int:
+def usual_tokens(vision: ResolvedVision) -> int:
     """Tokens inside the tower of a picture, or of a usual one where their number depends on it."""
     if vision.image.policy != "slices":
         return vision.positions

@@ -62,7 +62,7 @@ def bounded(*paths: Path) -> Iterator[None]:
 
 def _watch(paths: tuple[Path, ...], done: threading.Event) -> None:
     names = {os.path.realpath(path) for path in paths}
-    with contextlib.suppress(OSError):  # no /proc
+    with contextlib.suppress(OSError, ValueError, IndexError):  # no /proc, or one without these figures
         advise = ctypes.CDLL(None, use_errno=True).madvise
         advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
         while not done.wait(_CHECK_S):

@@ -15,7 +15,7 @@ from edgevlm.converters.loadable import check_header, check_vocabulary, check_we
 from edgevlm.converters.mmproj import Projector
 from edgevlm.converters.prepared import DecoderForecast, EncoderWeight, Fate, Prepared
 from edgevlm.converters.progress import Progress
-from edgevlm.converters.provenance import tool_versions
+from edgevlm.converters.provenance import is_unicode, tool_versions
 from edgevlm.converters.resolve import IMAGE_LITERAL, check_ranges
 from edgevlm.converters.sections import invalid
 from edgevlm.converters.tokenizer import choose_template
@@ -93,8 +93,12 @@ def prepare(
         CheckpointError: the two are no pair that can be run.
         UsageError: there is no template of that name.
     """
+    for path in (text, projector):
+        if not is_unicode(path.name):
+            raise UsageError(f"the name of {path.name!r} is no text, which no record can hold; rename the file")
     status = {path: status_of(path) for path in (text, projector)}
     header = _read_text(text)
+    check_vocabulary(text, ())
     found = mmproj.read_mmproj(projector, n_embd=header.metadata["llama.embedding_length"],
                                known_families=known_families)  # fmt: skip
     prompt = PromptSpec(
@@ -223,10 +227,11 @@ def _record(header: GGUFHeader, projector: Path, found: Projector, source: str, 
     text, general = header.path, header.metadata
     other = projector.name if projector.name != text.name else f"mmproj: {projector.name}"
     card = {ours: general[f"general.{key}"] for ours, key in _CARD.items() if f"general.{key}" in general}
+    card = {key: text for key, text in card.items() if isinstance(text, str) and is_unicode(text)}
     return {
         "source": source,
         "source_files": {text.name: sha256_of(text), other: sha256_of(projector)},
-        "model_card": {key: value for key, value in card.items() if isinstance(value, str)},
+        "model_card": card,
         "arguments": {"decoder_quant": AS_THE_SOURCE},
         "tools": tool_versions(),
         "notes": [*found.notes, *(["the chat template is the family's own"] if templated else [])],

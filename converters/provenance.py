@@ -25,6 +25,11 @@ def provenance(checkpoint: Checkpoint, *, source: str, arguments: dict[str, Any]
     }
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text from a file or a file's name was text there: a record in JSON can hold nothing else."""
+    return all(not 0xD800 <= ord(letter) <= 0xDFFF for letter in text)
+
+
 def tool_versions() -> dict[str, str]:
     """Versions of what a conversion depends on."""
     return {name: _version(name) for name in _TOOLS}

@@ -135,7 +135,8 @@ def stored_types(
     if status != 0:
         raise BackendError(f"llama.cpp could not quantize to {wanted.name}: {llama.last_log()}", code="backend.failed")
     found = {name: (kind or "F16").upper() for name, kind in _REHEARSED.findall("".join(log))}
-    assert set(found) == set(shapes), "llama.cpp's log has another form than this version should have"
+    if set(found) != set(shapes):
+        raise BackendError("llama.cpp's log has another form than this version should have", code="backend.failed")
     return {name: kind for name, kind in found.items() if len(shapes[name]) > 1}
 
 

@@ -69,11 +69,6 @@ class Bundle:
         return self.folder / next(entry.name for entry in self.manifest.files if entry.role == role)
 
 
-def file_entry(path: Path, role: Role) -> FileEntry:
-    """Measure and hash one finished file."""
-    return FileEntry(name=path.name, size=path.stat().st_size, sha256=sha256_of(path), role=role)
-
-
 def write_manifest(folder: Path, manifest: Manifest) -> Path:
     """Write `bundle.json` atomically, as the last act of a conversion. Returns its path."""
     from edgevlm.storage import atomic_write

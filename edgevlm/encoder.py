@@ -25,15 +25,19 @@ class Encoder:
         path: The ONNX file; its weights lie beside it.
         spec: Sizes that the output must have.
         threads: Threads of the intra-op pool; None takes every CPU that this process may use.
+        repack: Whether ONNX Runtime makes copies of the weights in the layout of its kernels. Without them the weights
+            stay pages of the file, which the system may drop; products take somewhat longer.
 
     Raises:
         DependencyError: onnxruntime is missing.
         BackendError: the graph cannot be loaded.
     """
 
-    def __init__(self, path: str | os.PathLike[str], spec: EncoderSpec, *, threads: int | None = None) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], spec: EncoderSpec, *, threads: int | None = None, repack: bool = True
+    ) -> None:
         self.spec = spec
-        self._session = _open_session(Path(path), threads or usable_cpus())
+        self._session = _open_session(Path(path), threads or usable_cpus(), repack)
 
     def encode(self, tiles_TCHW: NDArray[np.float32]) -> NDArray[np.float32]:
         """Encode tiles.
@@ -92,7 +96,7 @@ class Encoder:
         return embeds_TND
 
 
-def _open_session(path: Path, threads: int) -> Any:
+def _open_session(path: Path, threads: int, repack: bool) -> Any:
     try:
         import onnxruntime as ort
     except ImportError as error:
@@ -106,6 +110,8 @@ def _open_session(path: Path, threads: int) -> Any:
     options.log_severity_level = 4  # fatal only: failures become exceptions, which we translate
     # Idle threads that spin would take the cores from the decoder, which runs next.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if not repack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # as above: no common base class

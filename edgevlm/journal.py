@@ -36,7 +36,7 @@ class Journal:
             named = {name for record in self._records.values() for name in record["files"]}
             for path in building.iterdir():
                 if path.name not in named:
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+                    _remove(path)
 
     def step(self, name: str, files: tuple[str, ...], work: Callable[[], Any]) -> Any:
         """Do a step unless it is finished.
@@ -56,8 +56,9 @@ class Journal:
         if record is not None and tuple(record["files"]) == files and self._holds(record["files"]):
             self.hashes |= record["files"]
             return record["value"]
-        for file in files:
-            (self._building / file).unlink(missing_ok=True)
+        with storage_errors(self._path):
+            for file in files:
+                _remove(self._building / file)
         value = work()
         with storage_errors(self._path):
             record = {"step": name, "files": {f: sha256_of(self._building / f) for f in files}, "value": value}
@@ -70,21 +71,40 @@ class Journal:
 
     def _holds(self, files: dict[str, str]) -> bool:
         paths = {self._building / name: digest for name, digest in files.items()}
-        return all(path.is_file() and sha256_of(path) == digest for path, digest in paths.items())
+        return all(
+            path.is_file() and not path.is_symlink() and sha256_of(path) == digest for path, digest in paths.items()
+        )
 
     def _read(self) -> dict[str, dict[str, Any]]:
         """Records up to the first line that is not whole, which is cut off with all that follows."""
-        found, end = {}, 0
+        found: dict[str, dict[str, Any]] = {}
+        end = 0
         with open(self._path, "r+b") as file:
             file.readline(_LINE_LIMIT_BYTES)  # the key
             end = file.tell()
             while line := file.readline(_LINE_LIMIT_BYTES):
                 try:
                     record = json.loads(line) if line.endswith(b"\n") else None
-                except ValueError:
+                except (ValueError, RecursionError):
                     record = None
-                if not isinstance(record, dict) or set(record) != {"step", "files", "value"}:
+                if record is None or not _is_record(record):
                     break
                 found[record["step"]], end = record, file.tell()
             file.truncate(end)
         return found
+
+
+def _is_record(value: Any) -> bool:
+    """Whether a line says what a step made: its name, and the sha256 of files that lie in the folder itself."""
+    if not isinstance(value, dict) or set(value) != {"step", "files", "value"} or type(value["step"]) is not str:
+        return False
+    files = value["files"]
+    return isinstance(files, dict) and all(type(d) is str and os.path.basename(n) == n for n, d in files.items())
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

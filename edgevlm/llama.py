@@ -12,6 +12,7 @@ import ctypes
 import functools
 import os
 import re
+import threading
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -25,6 +26,8 @@ LLAMA_CPP_PYTHON = "0.3.36"
 _LEVEL_WARN, _LEVEL_ERROR, _LEVEL_CONTINUE = 3, 4, 5
 _log: collections.deque[str] = collections.deque(maxlen=50)
 _recorders: list[list[str]] = []
+#: One recording at a time: the log does not say which thread it speaks of.
+_recording = threading.Lock()
 
 
 @functools.cache
@@ -105,10 +108,11 @@ def last_log(lines: int = 3) -> str:
 @contextlib.contextmanager
 def recorded_log() -> Iterator[list[str]]:
     """Everything that llama.cpp says during the block, in pieces: they end where llama.cpp ended them, not at lines."""
-    clear_log()
     pieces: list[str] = []
-    _recorders.append(pieces)
-    try:
-        yield pieces
-    finally:
-        _recorders.remove(pieces)
+    with _recording:
+        clear_log()
+        _recorders.append(pieces)
+        try:
+            yield pieces
+        finally:
+            _recorders.remove(pieces)

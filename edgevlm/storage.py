@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -127,7 +128,8 @@ def commit_folder(out: Path, *, may_replace: Callable[[Path], bool] | None = Non
             stack.callback(shutil.rmtree, building, ignore_errors=True)
             if not building.exists():
                 os.write(lock, f"{key}\n".encode())
-                building.mkdir()
+                sync_folder(out.parent)  # or a power cut may leave a folder without a lock, which nobody removes
+                building.mkdir(mode=0o755)
         yield building
         with storage_errors(out):
             for file in building.iterdir():
@@ -162,7 +164,7 @@ def _reserve(out: Path) -> tuple[Path, int]:
     while True:
         building = _temporary_name(out)
         path = building.with_suffix(".lock")
-        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
         except BaseException:
@@ -187,13 +189,20 @@ def _is_open_as(descriptor: int, path: Path) -> bool:
         return False
 
 
-def remove_abandoned(out: Path, key: str = "") -> tuple[Path, int] | None:
+def remove_abandoned(out: Path, key: str = "", *, committed: bool = False) -> tuple[Path, int] | None:
     """Remove what killed processes left for `out`: locks that nobody holds, with their folders.
 
     A folder of that name without a lock is not ours. What we may not open or remove is somebody else's, and stays.
 
+    Args:
+        out: The final place.
+        key: Of the folder to keep.
+        committed: Whether only leftovers of processes that were killed after their commit are removed: there is
+            nothing to go on with in them.
+
     Returns:
-        One folder with this key, with its lock held: it is kept. None if there is none, or the key is empty.
+        One folder with this key, with its lock held: it is kept. None if there is none, or the key is empty. A folder
+        that another user owns or may write to is never kept: anybody can compute the key of a public checkpoint.
     """
     ours = re.compile(re.escape(f".{out.name}.") + r"[0-9a-f]{8}\.lock")
     kept = None
@@ -207,7 +216,9 @@ def remove_abandoned(out: Path, key: str = "") -> tuple[Path, int] | None:
                 folder = path.with_suffix(".tmp")
                 if not _is_open_as(lock, path) or folder.is_symlink():
                     continue
-                if kept is None and key and _key(lock) == key and folder.is_dir():
+                if committed and os.fstat(lock).st_size:
+                    continue
+                if kept is None and key and _key(lock) == key and _is_private(lock, folder):
                     kept, lock = (folder, lock), -1
                     continue
                 shutil.rmtree(folder, ignore_errors=True)
@@ -216,6 +227,16 @@ def remove_abandoned(out: Path, key: str = "") -> tuple[Path, int] | None:
                 if lock >= 0:
                     os.close(lock)
     return kept
+
+
+def _is_private(lock: int, folder: Path) -> bool:
+    """Whether a lock and its folder are this user's, and nobody else may write to them."""
+    try:
+        found = [os.fstat(lock), folder.lstat()]
+    except OSError:
+        return False
+    ours = all(status.st_uid == os.geteuid() and not status.st_mode & 0o022 for status in found)
+    return ours and stat.S_ISDIR(found[1].st_mode)
 
 
 def _key(lock: int) -> str:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -187,7 +188,19 @@ def test_a_finished_file_that_is_damaged_is_made_again(tmp_path, monkeypatch):
     assert done == ["decoder.write", "encoder.write"]
 
 
-@pytest.mark.parametrize("tail", ["", '{"step": "encoder", "files": {}, "va', '{"step": "encoder"}\n{}\n'])
+@pytest.mark.parametrize(
+    "tail",
+    [
+        "",
+        '{"step": "encoder", "files": {}, "va',
+        '{"step": "encoder"}\n{}\n',
+        '{"step": "predictions", "files": 5, "value": {}}\n',
+        '{"step": ["x"], "files": {}, "value": {}}\n',
+        '{"step": "predictions", "files": ["decoder.gguf"], "value": {}}\n',
+        '{"step": "predictions", "files": {"../x": "0"}, "value": {}}\n',
+        "[" * 200_000 + "\n",
+    ],
+)
 def test_a_record_that_is_not_whole_is_no_record(tmp_path, monkeypatch, tail):
     leftover = kill_before(tmp_path, "encoder to")
     lock = leftover.with_suffix(".lock")
@@ -204,6 +217,47 @@ CHANGES = {
     "name": {"name": "y"},
     "encoder": {"encoder_quant": "fp32"},
 }
+
+
+def test_what_was_finished_serves_an_overwriting_call_too(tmp_path, monkeypatch):
+    """And a call that is refused because there is something at OUT leaves it alone."""
+    leftover = kill_before(tmp_path, "encoder to")
+    with tempfile.TemporaryDirectory() as folder:
+        convert(tiny.shared(SMALL)[0], Path(folder) / "old", **OPTIONS | {"name": "old"})
+        shutil.copytree(Path(folder) / "old", tmp_path / "out")
+    with pytest.raises(StorageError, match="exists already"):
+        convert(tiny.shared(SMALL)[0], tmp_path / "out", **OPTIONS)
+    assert leftover.exists()
+    done = count_calls(monkeypatch)
+    convert(tiny.shared(SMALL)[0], tmp_path / "out", **OPTIONS, overwrite=True)
+    assert done == ["encoder.write"]
+    assert content(tmp_path / "out") == undisturbed()[0]
+
+
+@pytest.mark.parametrize("attack", ["another user", "open to others", "link"])
+def test_what_others_may_have_written_is_not_taken_over(tmp_path, monkeypatch, attack):
+    leftover = kill_before(tmp_path, "encoder to")
+    if attack == "another user":
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    elif attack == "open to others":
+        leftover.chmod(0o777)
+    else:
+        (leftover / "decoder.gguf").rename(tmp_path.with_name(f"{tmp_path.name}-elsewhere"))
+        (leftover / "decoder.gguf").symlink_to(tmp_path.with_name(f"{tmp_path.name}-elsewhere"))
+    done = count_calls(monkeypatch)
+    finish(tmp_path)
+    assert done[0] == "decoder.write"
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+
+
+def test_the_order_of_patterns_is_a_part_of_the_key(tmp_path, monkeypatch):
+    """Of `decoder_types` the first that matches decides."""
+    patterns = {"attn_k|ffn_down": "q4_0", "ffn": "q8_0"}
+    options = OPTIONS | {"decoder_types": patterns}
+    assert in_child(tmp_path / "out", options=options, step="encoder to") == "killed"
+    done = count_calls(monkeypatch)
+    convert(tiny.shared(SMALL)[0], tmp_path / "out", **OPTIONS | {"decoder_types": dict(reversed(patterns.items()))})
+    assert done[0] == "decoder.write"
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -240,7 +240,7 @@ def test_the_worst_products_become_float32_until_the_whole_is_good(tmp_path, mon
     assert 1 <= len(found["in_float32"]) <= PRODUCTS / 4
     assert found["cosine_mean"] > usual["cosine_mean"]
     monkeypatch.setitem(limits.COSINES, "int8", (1, 1))
-    with pytest.raises(FidelityError, match=r"int8 sees.*try encoder_quant fp32"):
+    with pytest.raises(FidelityError, match=r"int8 sees.*try encoder_quant fp16"):
         convert(tiny.shared(SIGLIP)[0], tmp_path / "never", **OPTIONS)
     assert not (tmp_path / "never").exists()
 

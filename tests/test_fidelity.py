@@ -228,7 +228,7 @@ def cost(kl_mean=0.01, top1=0.99, mean=0.9999, least=0.995):
         (cost(kl_mean=0.31), "q8_0", "check the types"),
         (cost(kl_mean=0.2, top1=0.79), "q6_k", "try q8_0"),
         (cost(kl_mean=0.12, top1=0.5), "q4_0", None),  # flat distributions: no probability moved
-        (cost(mean=0.998), "q4_k_m", "try encoder_quant fp32"),
+        (cost(mean=0.998), "q4_k_m", "try encoder_quant fp16"),
         (cost(least=0.98), "q4_k_m", "0.98 at worst"),
         ({"decoder": {}}, "q4_k_m", None),  # text only, nothing compared
     ],

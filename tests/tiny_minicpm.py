@@ -217,7 +217,7 @@ _made = tempfile.TemporaryDirectory(prefix="edgevlm-tiny-minicpm-")
 @functools.cache
 def shared(variant: Variant) -> tuple[Path, Reference, Any]:
     """(folder, model, tokenizer) of a checkpoint, made once for all tests. Read-only."""
-    folder = Path(tempfile.mkdtemp(dir=_made.name))
+    folder = Path(tempfile.mkdtemp(dir=_made.name)) / "checkpoint"
     return folder, *write(folder, variant)
 
 
