@@ -322,7 +322,8 @@ def test_every_file_and_both_folders_are_flushed_before_the_rename(tmp_path, mon
         (building / "b").write_text("b")
     assert events[0] == tmp_path.name  # the new parent's entry
     at = events.index("rename")
-    assert set(events[1:at]) == {"a", "b", building.name}
+    assert events[1] == "new"  # the lock's entry, before there is a folder
+    assert set(events[2:at]) == {"a", "b", building.name}
     assert events[at - 1] == building.name
     assert events[at + 1 :] == ["new"]
 
