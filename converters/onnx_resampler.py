@@ -74,21 +74,25 @@ def resampler(build: Build, states_TND: Any) -> Any:
     """So many embeddings for a picture of any size, by one attention of constant queries, always float32."""
     graph, op, spec = build.graph, build.graph.op, build.vision.encoder
     width = spec.n_embd
-    q_weight, k_weight, v_weight = np.split(build.connector("qkv.weight"), 3)
-    q_bias, k_bias, v_bias = np.split(build.connector("qkv.bias"), 3)
+
+    def part(name: str, i: int) -> NDArray[np.float32]:
+        """Of q, k or v; read where it is stored, so that no two of them are in memory."""
+        third: NDArray[np.float32] = np.split(build.connector(name), 3)[i]
+        return third
 
     states = build.products.exact(states_TND, "kv", build.connector("kv.weight").T)
     x_TND = _norm(build, states, "ln_kv")
-    k = build.products.exact(op.Add(x_TND, _grid_positions(build)), "k", k_weight.T)
-    v = build.products.exact(x_TND, "v", v_weight.T)
+    k = build.products.exact(op.Add(x_TND, _grid_positions(build)), "k", part("qkv.weight", 1).T)
+    v = build.products.exact(x_TND, "v", part("qkv.weight", 2).T)
 
     query_QD = build.connector("query").astype(np.float64)
     query_QD = _normed(query_QD, build.connector("ln_q.weight"), build.connector("ln_q.bias"))
-    q_QD = (query_QD @ q_weight.T.astype(np.float64) + q_bias).astype(np.float32)
+    q_QD = query_QD @ part("qkv.weight", 0).T.astype(np.float64) + part("qkv.bias", 0)
     n_tiles = op.Slice(op.Shape(states_TND), graph.integers("tiles", [0]), graph.integers("tiles.end", [1]))
     rest = graph.integers("queries.shape", [spec.n_tokens, width])
-    q = op.Expand(graph.weight("queries", q_QD[None]), op.Concat(n_tiles, rest, axis=0))
-    bias = graph.weight("kv.bias", np.concatenate([np.zeros(width, np.float32), k_bias, v_bias]))
+    q = op.Expand(graph.weight("queries", q_QD[None].astype(np.float32)), op.Concat(n_tiles, rest, axis=0))
+    biases = [np.zeros(width, np.float32), part("qkv.bias", 1), part("qkv.bias", 2)]
+    bias = graph.weight("kv.bias", np.concatenate(biases))
     attended = op.MultiHeadAttention(q, k, v, bias, num_heads=width // RESAMPLER_HEAD)
 
     out = build.products.exact(attended, "o", build.connector("o.weight").T)

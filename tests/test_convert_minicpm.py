@@ -15,7 +15,7 @@ from tiny_minicpm import LLAMA3V, RELEASED, TOKENS, Variant
 
 import edgevlm
 from edgevlm import families
-from edgevlm.converters import convert
+from edgevlm.converters import convert, dry_run
 from edgevlm.converters.resolve import resolve
 from edgevlm.converters.verify import cosines, relative_error
 from edgevlm.describe import describe
@@ -147,6 +147,21 @@ def test_int8_loses_little_and_spares_the_resampler(tmp_path):
             assert 0 < relative_error(wanted, found) < 0.05
         assert relative_error(wanted, np.roll(wanted, 1, axis=1)) > 0.05
     assert 0.99 <= manifest.fidelity["encoder"]["cosine_min"] < 1
+
+
+def test_a_forecast_names_where_the_resampler_s_weights_come_from(tmp_path):
+    folder, *_ = tiny_minicpm.shared(VARIANTS["later revision"])
+    forecast = dry_run(folder, encoder_quant="fp32")
+    found = {f.name: [name.removeprefix("resampler.") for name in f.sources] for f in forecast.tensors if f.file}
+    assert found["connector.kv.weight"] == ["kv_proj.weight"]
+    for name in ("connector.k.weight", "connector.v.weight"):
+        assert found[name] == ["attn.in_proj_weight"]
+    assert found["connector.kv.bias"] == ["attn.in_proj_bias"] * 2
+    assert found["connector.proj.weight"] == ["proj"]
+    convert(folder, tmp_path / "out", encoder_quant="fp32", decoder_quant="f16", fidelity_tokens=0)
+    graph = onnx.load(tmp_path / "out" / "encoder.onnx", load_external_data=False).graph
+    large = {tensor.name for tensor in graph.initializer if tensor.external_data and "connector" in tensor.name}
+    assert {name for name in large if name.endswith(("weight", "bias"))} <= set(found)
 
 
 @pytest.mark.parametrize("quant", ["fp16", "int8", "int4"])
