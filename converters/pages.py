@@ -61,6 +61,8 @@ def bounded(*paths: Path) -> Iterator[None]:
 
 
 def _watch(paths: tuple[Path, ...], done: threading.Event) -> None:
+    if not hasattr(mmap, "MADV_DONTNEED"):
+        return
     names = {os.path.realpath(path) for path in paths}
     with contextlib.suppress(OSError, ValueError, IndexError):  # no /proc, or one without these figures
         advise = ctypes.CDLL(None, use_errno=True).madvise

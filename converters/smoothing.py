@@ -88,7 +88,10 @@ def smoothing_factors(seen: Observation, sample: Sample, strength: float) -> NDA
     floors = [np.float32(max(float(values.max()), 1e-30) * 1e-4) for values in (activation_K, sample.largest_K)]
     activation_K, weight_K = np.maximum(activation_K, floors[0]), np.maximum(sample.largest_K, floors[1])
     factors_K = activation_K**strength / weight_K ** (1 - strength)
-    even_K: NDArray[np.float32] = (factors_K / np.exp(np.log(factors_K).mean())).astype(np.float32)
+    # In steps of a quarter octave, so that the last bits of activations, which processors sum in another order, rarely
+    # change a bundle.
+    octaves_K = np.log2(factors_K)
+    even_K: NDArray[np.float32] = np.exp2(np.rint((octaves_K - octaves_K.mean()) * 4) / 4).astype(np.float32)
     return even_K
 
 

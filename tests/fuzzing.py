@@ -139,7 +139,7 @@ class Draw:
         if self.below(8) != 1:
             return sides
         at, wrong = self.below(len(sides)), self.pick((-1, 1))
-        return (*sides[:at], sides[at] + wrong, *sides[at + 1 :])
+        return (*sides[:at], max(0, sides[at] + wrong), *sides[at + 1 :])
 
     def table(self, channels: int) -> Any:
         """For float32; None for uint8."""

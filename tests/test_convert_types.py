@@ -45,7 +45,7 @@ def test_no_value_of_the_wrong_type_escapes(tmp_path, kind, file):
         (folder / "chat_template.jinja").unlink()
         (folder / file).write_text(json.dumps({"chat_template": [{"name": "default", "template": "x"}]}))
     if file == "model.safetensors.index.json":
-        names = converters.open_checkpoint(folder).tensors
+        names = converters.checkpoint.open_checkpoint(folder).tensors
         (folder / file).write_text(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))
     data = json.loads((folder / file).read_text())
     places, refused = list(paths(data)), set()
@@ -130,13 +130,13 @@ def test_links_of_a_hugging_face_cache_are_followed(tmp_path):
 def test_a_file_that_changes_while_the_checkpoint_is_opened_is_noticed(tmp_path, monkeypatch, name):
     """Changed, or made, after the first file was parsed and before the tensors are listed."""
     folder = tiny.copy(Variant(), tmp_path / "model")
-    opened = converters.open_checkpoint.__globals__["_join_shards"]
+    opened = converters.checkpoint.open_checkpoint.__globals__["_join_shards"]
 
     def meddle(*arguments):
         (folder / name).write_text((folder / name).read_text() + " " if (folder / name).exists() else "{}")
         return opened(*arguments)
 
-    monkeypatch.setitem(converters.open_checkpoint.__globals__, "_join_shards", meddle)
+    monkeypatch.setitem(converters.checkpoint.open_checkpoint.__globals__, "_join_shards", meddle)
     with pytest.raises(CheckpointError, match="changed while"):
         converters.convert(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
