@@ -124,7 +124,7 @@ def rows_at_once(n_vocab: int) -> int:
 
 def _windows(decoder: Decoder, n_tokens: int) -> list[tuple[int, ...]]:
     """The text's tokens in windows, each behind the token that begins a text (or behind the text's own first)."""
-    ids = decoder.tokenize(TEXT.read_text(encoding="utf-8"), False, False)[: n_tokens + 1]
+    ids = decoder.vocabulary.tokenize(TEXT.read_text(encoding="utf-8"), False, False)[: n_tokens + 1]
     metadata = decoder.header.metadata
     begins = metadata.get("tokenizer.ggml.add_bos_token", False)
     first, body = ([metadata["tokenizer.ggml.bos_token_id"]], ids[:n_tokens]) if begins else (ids[:1], ids[1:])

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from edgevlm.answer import Answer, Timings, Usage
     from edgevlm.converters import convert
     from edgevlm.errors import EdgeVLMError
+    from edgevlm.loading import load
     from edgevlm.options import GenerateOptions
-    from edgevlm.pipeline import Model, Stream, load
+    from edgevlm.pipeline import Model, Stream
 
 __version__ = "0.1.0"
 
@@ -46,7 +47,7 @@ _HOMES = {
     "Timings": "answer",
     "Usage": "answer",
     "convert": "converters",
-    "load": "pipeline",
+    "load": "loading",
 }
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import ctypes
 import os
-import re
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +18,7 @@ from edgevlm.gguf import GGUFHeader, read_header
 from edgevlm.llama import clear_log, last_log, library
 from edgevlm.machine import check_threads, usable_cpus
 from edgevlm.splice import ImageSegment, Segment, TextSegment
+from edgevlm.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,11 +30,6 @@ _N_BATCH = 512
 _DEFAULT_CONTEXT = 4096
 #: The most that can be asked for: llama.cpp rounds up to 256 in 32 bits and would wrap near 2^32.
 _MAX_CONTEXT = 1 << 24
-#: llama.cpp splits most vocabularies' text by std::regex, which recurses once per character of a run and overflows the
-#: stack near 26,000 characters; these pre-tokenizers have hand-written splitters (`unicode.cpp`).
-_SAFE_PRE = frozenset({"llama3", "llama-v3", "llama-bpe", "gpt-2", "gpt2", "qwen2"})
-_LONGEST_RUN = 8192
-
 KVType = Literal["f16", "f32"]
 
 
@@ -73,8 +68,8 @@ class Decoder:
         self._llama = library()
         self._model = _load_model(self._llama, path, repack=repack)
         self._close_model = _free_later(self, self._llama.llama_model_free, self._model)
-        self._vocab = self._llama.llama_model_get_vocab(self._model)
-        self.n_vocab = self._llama.llama_vocab_n_tokens(self._vocab)
+        self.vocabulary = Vocabulary(self._llama, self._model, self.header, self.check_open)
+        self.n_vocab = self.vocabulary.n_vocab
         self.n_embd = self._llama.llama_model_n_embd_inp(self._model)
         self._scored = scored
         self._context = self._new_context(threads, kv_type)
@@ -86,7 +81,6 @@ class Decoder:
         #: Counts resets: whoever holds an older number is reading a context that is not theirs any more.
         self.epoch = 0
         self._has_logits = False
-        self.control_tokens = self._control_tokens()
 
     def close(self) -> None:
         """Free the native memory, after a decode that another thread may be in. Every later call raises; closing twice
@@ -129,77 +123,6 @@ class Decoder:
                 code="backend.load",
             )
         return context
-
-    # ---- text and tokens
-
-    def tokenize(self, text: str, add_bos: bool, parse_special: bool) -> list[int]:
-        """Token ids of a text. `add_bos` obeys the vocabulary's own rule whether it has one at all.
-
-        Raises:
-            UsageError: a run of one kind of character is too long for this vocabulary's splitter.
-        """
-        self.check_open()
-        self._check_runs(text)
-        raw = text.encode("utf-8")
-        capacity = len(raw) + 8
-        while True:
-            tokens = (ctypes.c_int32 * capacity)()
-            count = self._llama.llama_tokenize(self._vocab, raw, len(raw), tokens, capacity, add_bos, parse_special)
-            if count >= 0:
-                return tokens[:count]
-            capacity = -count
-
-    def _check_runs(self, text: str) -> None:
-        if len(text) <= _LONGEST_RUN or self.header.metadata["tokenizer.ggml.model"] == "llama":
-            return
-        if self.header.metadata.get("tokenizer.ggml.pre") in _SAFE_PRE:
-            return
-        # Combining marks belong to letters in some splitters, so whatever is not white space counts as one kind.
-        longest = max(len(run.group()) for run in re.finditer(r"\s+|\S+", text))
-        if longest > _LONGEST_RUN:
-            raise UsageError(
-                f"the prompt has a run of {longest} characters without {'a word' if text.isspace() else 'a space'}; "
-                f"this model's tokenizer takes {_LONGEST_RUN}; insert spaces or shorten it"
-            )
-
-    def _control_tokens(self) -> tuple[str, ...]:
-        """Texts of the tokens that steer the model: user text must never become one of them.
-
-        llama.cpp decides this by text as well as by the file's token types (`llama-vocab.cpp`), so it is asked; only
-        about tokens that may qualify, since a vocabulary has a hundred thousand.
-        """
-        llama, metadata = self._llama, self.header.metadata
-        tokens = metadata["tokenizer.ggml.tokens"]
-        types = metadata.get("tokenizer.ggml.token_type", (1,) * len(tokens))
-        candidates = (
-            index
-            for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
-            if kind not in (1, 6) or (token[0] in "<[" and token[-1] in ">]")
-        )
-        return tuple(
-            tokens[index]
-            for index in candidates
-            if llama.llama_vocab_get_attr(self._vocab, index) & llama.LLAMA_TOKEN_ATTR_CONTROL
-            or llama.llama_vocab_is_eog(self._vocab, index)
-        )
-
-    def piece(self, token: int) -> bytes:
-        """The bytes that a token stands for; empty for control tokens. They need not be whole characters."""
-        self.check_open()
-        if not 0 <= token < self.n_vocab:
-            raise ValueError(f"token {token} is outside the vocabulary of {self.n_vocab}")
-        capacity = 64
-        while True:
-            buffer = ctypes.create_string_buffer(capacity)
-            count = self._llama.llama_token_to_piece(self._vocab, token, buffer, capacity, 0, False)
-            if count >= 0:
-                return buffer.raw[:count]
-            capacity = -count
-
-    def is_end(self, token: int) -> bool:
-        """Whether the model ends its turn with this token (end of text, turn or message)."""
-        self.check_open()
-        return bool(self._llama.llama_vocab_is_eog(self._vocab, token))
 
     # ---- the context
 

@@ -45,8 +45,8 @@ class Generation:
         text = TextStream(tuple(self._options.stop))
         self._draw()
         self.first_token_at = time.perf_counter()
-        while not self._decoder.is_end(self.tokens[-1]):
-            if shown := text.feed(self._decoder.piece(self.tokens[-1])):
+        while not self._decoder.vocabulary.is_end(self.tokens[-1]):
+            if shown := text.feed(self._decoder.vocabulary.piece(self.tokens[-1])):
                 yield shown
             if text.stopped:
                 self.finish_reason = "stop"

@@ -27,7 +27,7 @@ REFERENCES = {"torch", "transformers", "tokenizers", "safetensors"}
 BASE = {"errors", "files", "spec", "machine", "options", "answer", "progress", "text"}
 STAGES = {"_arrays", "_kernels", "bundle", "decoder", "describe", "encoder", "frames", "generate", "gguf", "gguf_llama",
           "image", "journal", "kernels", "layout", "llama", "preprocess", "prompt", "sampling", "splice", "storage",
-          "template", "tiling"}  # fmt: skip
+          "template", "tiling", "vocabulary"}  # fmt: skip
 CONVERTERS_MAY = {
     "errors", "files", "spec", "bundle", "storage", "llama", "encoder", "decoder", "families", "gguf", "journal",
     "image", "preprocess", "prompt",
@@ -78,7 +78,8 @@ def test_each_heavy_package_is_imported_in_one_file() -> None:
     where = defaultdict(set)
     for name, tree in sources().items():
         for module in imports(tree) | needed(tree):
-            where[module.partition(".")[0]].add(name)
+            # the commands are one front end in several files
+            where[module.partition(".")[0]].add("edgevlm.cli" if name.startswith("edgevlm.cli.") else name)
     assert {package: files for package, files in where.items() if package in HEAVY and len(files) > 1} == TIMED
     assert where["llama_cpp"] == {"edgevlm.llama"}
     assert where["onnxruntime"] == {"edgevlm.encoder"}
@@ -103,7 +104,7 @@ def test_imports_go_one_way() -> None:
             assert targets <= BASE | STAGES, name
         elif area == "converters":
             assert targets <= CONVERTERS_MAY | {"converters", "machine"}, name
-        elif area == "pipeline":
+        elif area in ("loading", "pipeline"):
             assert not targets & {"converters", "families", "cli"}, name
 
 
@@ -125,7 +126,9 @@ def test_size_of_files_and_functions() -> None:
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):
                 # these are mostly their options, a few lines each
-                limit = 90 if (name, node.name) in {("edgevlm.cli", "ask"), ("edgevlm.cli", "convert")} else 60
+                limit = (
+                    90 if (name, node.name) in {("edgevlm.cli.ask", "ask"), ("edgevlm.cli.convert", "convert")} else 60
+                )
                 assert code_lines(node) <= limit, f"{name}.{node.name} has {code_lines(node)} lines"
     for path in (ROOT / "kernels").glob("*.[ch]"):
         assert len(path.read_text().splitlines()) <= 400, path.name

@@ -203,7 +203,7 @@ def test_every_decoder_type(tmp_path, kind):
     assert cost["relative_error"] <= LARGEST_ERROR[kind]
     assert kind == "f32" or cost["relative_error"] > 0
     decoder = Decoder(tmp_path / "out" / "decoder.gguf", context=256)
-    ids = decoder.tokenize("The gauge reads 73.5 psi.", True, True)
+    ids = decoder.vocabulary.tokenize("The gauge reads 73.5 psi.", True, True)
     with torch.no_grad():
         wanted = model(input_ids=torch.tensor([ids])).logits[0, -1].numpy()
     decoder.prefill([TextSegment(tuple(ids))])

@@ -40,19 +40,19 @@ def pair(request, tmp_path_factory):
 @pytest.mark.parametrize("text", TRICKY, ids=ascii)
 def test_texts_give_the_tokens_of_transformers(pair, text):
     decoder, tokenizer, _ = pair
-    assert decoder.tokenize(text, True, True) == tokenizer(text)["input_ids"]
+    assert decoder.vocabulary.tokenize(text, True, True) == tokenizer(text)["input_ids"]
 
 
 def test_the_token_comparison_can_fail(pair):
     """The twin: a text that differs in one invisible character is another list of tokens."""
     decoder, tokenizer, _ = pair
-    assert decoder.tokenize("the lamp", True, True) != tokenizer("the\u00a0lamp")["input_ids"]
+    assert decoder.vocabulary.tokenize("the lamp", True, True) != tokenizer("the\u00a0lamp")["input_ids"]
 
 
 def test_bos_is_added_exactly_when_the_tokenizer_adds_it(pair):
     decoder, tokenizer, kind = pair
     assert decoder.header.metadata["tokenizer.ggml.add_bos_token"] is (kind in ("llama-bpe", "deepseek-llm", "spm"))
-    assert decoder.tokenize("x", True, True)[:1] == tokenizer("x")["input_ids"][:1]
+    assert decoder.vocabulary.tokenize("x", True, True)[:1] == tokenizer("x")["input_ids"][:1]
 
 
 def test_the_header_says_what_each_token_is(pair):
@@ -220,7 +220,7 @@ def test_metaspace_that_puts_no_space_in_front_gives_the_tokens_of_tokenizers(tm
     decoder = Decoder(tmp_path / "out" / "decoder.gguf", context=256)
     reference = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     for text in TRICKY:
-        assert decoder.tokenize(text, True, True) == reference.encode(text).ids, text
+        assert decoder.vocabulary.tokenize(text, True, True) == reference.encode(text).ids, text
     decoder.close()
     reference.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
     assert reference.encode(" a").ids == reference.encode("a").ids

@@ -225,7 +225,7 @@ def test_token_ids_outside_the_vocabulary_never_reach_llama_cpp(decoder: Decoder
     with pytest.raises(ValueError, match="vocabulary"):
         decoder.prefill([TextSegment((token,))])
     with pytest.raises(ValueError, match="vocabulary"):
-        decoder.piece(token)
+        decoder.vocabulary.piece(token)
 
 
 def test_rows_of_another_width_never_reach_llama_cpp(decoder: Decoder) -> None:
@@ -235,10 +235,10 @@ def test_rows_of_another_width_never_reach_llama_cpp(decoder: Decoder) -> None:
 
 def test_tokens_round_trip(decoder: Decoder) -> None:
     text = "naïve café 👍🏽 \n\t 日本語 1234567"
-    tokens = decoder.tokenize(text, False, False)
-    assert b"".join(map(decoder.piece, tokens)).decode() == text
-    assert decoder.tokenize("<|im_end|>", False, True) == [2]
-    assert len(decoder.tokenize("<|im_end|>", False, False)) > 1
+    tokens = decoder.vocabulary.tokenize(text, False, False)
+    assert b"".join(map(decoder.vocabulary.piece, tokens)).decode() == text
+    assert decoder.vocabulary.tokenize("<|im_end|>", False, True) == [2]
+    assert len(decoder.vocabulary.tokenize("<|im_end|>", False, False)) > 1
 
 
 def test_nothing_native_is_called_after_close(smollm2: Path) -> None:
@@ -276,7 +276,7 @@ def test_control_tokens_are_those_that_llama_cpp_takes_for_such(
     smollm2: Path, tmp_path: Path, decoder: Decoder
 ) -> None:
     """A file may call <|im_end|> ordinary (a common bug of converters); llama.cpp knows better, and so do we."""
-    assert {"<|im_start|>", "<|im_end|>", "<|endoftext|>"} <= set(decoder.control_tokens)
+    assert {"<|im_start|>", "<|im_end|>", "<|endoftext|>"} <= set(decoder.vocabulary.control_tokens)
     data = bytearray(smollm2.read_bytes())
     key = b"tokenizer.ggml.token_type"
     first = data.index(key) + len(key) + 4 + 4 + 8  # value type, item type, count
@@ -284,7 +284,7 @@ def test_control_tokens_are_those_that_llama_cpp_takes_for_such(
     retyped = tmp_path / "retyped.gguf"
     retyped.write_bytes(data)
     other = Decoder(retyped, context=64)
-    assert "<|im_end|>" in other.control_tokens
+    assert "<|im_end|>" in other.vocabulary.control_tokens
     other.close()
 
 

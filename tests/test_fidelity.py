@@ -98,7 +98,7 @@ def test_the_comparison_is_that_of_the_two_models(exact, tmp_path):
     convert(tiny.shared(WIDE)[0], tmp_path / "out", decoder_quant="q4_0", encoder_quant="fp32", fidelity_tokens=0)
     found = fidelity.compare(path, tmp_path / "out" / "decoder.gguf", n_tokens=300)
     decoders = [scoring(p) for p in (path, tmp_path / "out" / "decoder.gguf")]
-    ids = decoders[0].tokenize(fidelity.TEXT.read_text(encoding="utf-8"), True, False)[:301]
+    ids = decoders[0].vocabulary.tokenize(fidelity.TEXT.read_text(encoding="utf-8"), True, False)[:301]
     a, b = (torch.log_softmax(torch.from_numpy(d.score(tuple(ids)).copy()).double(), 1)[1:] for d in decoders)
     each = (a.exp() * (a - b)).sum(1)
     assert found["tokens"] == 300
@@ -158,7 +158,7 @@ def test_what_is_stored_unchanged_is_not_compared(tmp_path):
 def test_the_text_is_long_enough_for_a_large_vocabulary(smollm2):
     decoder = Decoder(smollm2, context=8)
     text = fidelity.TEXT.read_text(encoding="utf-8")
-    assert 2048 <= len(decoder.tokenize(text, False, False)) <= 4096
+    assert 2048 <= len(decoder.vocabulary.tokenize(text, False, False)) <= 4096
     decoder.close()
 
 
@@ -168,7 +168,7 @@ def test_windows_begin_as_texts_do(tmp_path, tokenizer):
     folder, _ = tiny.shared(Variant(tokenizer=tokenizer))
     convert(folder, tmp_path / "out", encoder_quant="fp32", fidelity_tokens=0)
     decoder = scoring(tmp_path / "out" / "decoder.gguf")
-    text = decoder.tokenize(fidelity.TEXT.read_text(encoding="utf-8"), False, False)
+    text = decoder.vocabulary.tokenize(fidelity.TEXT.read_text(encoding="utf-8"), False, False)
     bos = decoder.header.metadata["tokenizer.ggml.bos_token_id"]
     first, begin = (bos, 0) if tokenizer == "spm" else (text[0], 1)
     windows = fidelity._windows(decoder, 600)

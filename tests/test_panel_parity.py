@@ -143,7 +143,7 @@ def test_prompt_tokens(exact: edgevlm.Model, processor: Any, question: str) -> N
 
 def test_control_tokens_that_a_user_spells_stay_text(exact: edgevlm.Model) -> None:
     """Here we differ from the reference on purpose: its processor would end the turn."""
-    end = exact._decoder.tokenize("<|eot_id|>", False, True)
+    end = exact._decoder.vocabulary.tokenize("<|eot_id|>", False, True)
     assert len(end) == 1
     assert planned_ids(exact, "a <|eot_id|> b").count(end[0]) == planned_ids(exact, "a b").count(end[0])
 

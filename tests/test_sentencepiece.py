@@ -53,7 +53,7 @@ def test_it_gives_the_ids_of_tokenizers(folder, tmp_path):
     decoder = Decoder(tmp_path / "out" / "decoder.gguf", context=256)
     reference = nasty.make_tokenizer("spm").backend_tokenizer
     texts = [*nasty.TEXTS, *nasty.SCRIPTS.values(), *nasty.SPELLED_OUT]
-    assert [text for text in texts if decoder.tokenize(text, True, True) != reference.encode(text).ids] == []
+    assert [text for text in texts if decoder.vocabulary.tokenize(text, True, True) != reference.encode(text).ids] == []
     decoder.close()
 
 

@@ -1,0 +1,94 @@
+"""`edgevlm ask`."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edgevlm.cli.output import inputs, print_result, write
+
+if TYPE_CHECKING:
+    from edgevlm.answer import Answer
+
+
+def ask(
+    prompt: Annotated[str, typer.Argument(show_default=False, help="The question; `-` reads it from stdin.")],
+    image: Annotated[
+        list[str] | None,
+        typer.Option("--image", "-i", metavar="IMAGE", help="A picture, or `-` for stdin; may be repeated."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", metavar="MODEL", help="Bundle folder or .gguf file. [default: the panel reader]"),
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System message.")] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", metavar="N", help="Most tokens to answer with.")] = 256,
+    temperature: Annotated[
+        float, typer.Option("--temperature", metavar="X", help="0 is greedy and repeatable; 0.7 is lively.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", metavar="X", help="Draw from the likeliest tokens that sum up to X.")
+    ] = 1.0,
+    top_k: Annotated[int, typer.Option("--top-k", metavar="N", help="Draw from the N likeliest tokens; 0 is all.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option("--seed", metavar="N", help="Repeat a draw: same seed, same answer.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", metavar="TEXT", help="End the answer before TEXT; may be repeated.")
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option("--context", metavar="N", help="Positions for prompt and answer. [default: up to 4096]"),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", metavar="N", help="Threads. [default: every usable CPU]")
+    ] = None,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object with the answer, usage, timings and memory.")
+    ] = False,
+) -> None:
+    """Answer one question, with or without pictures.
+
+    The answer streams to stdout; on a terminal, a line of timings follows on stderr.
+
+    \b
+    Examples:
+      edgevlm ask "What does the display read?" -i panel.jpg
+      edgevlm ask "Which lamps are on?" -i - --json < panel.jpg
+      edgevlm ask "Why is the sky blue?" -m smollm2.gguf --max-tokens 80
+    """
+    from edgevlm.loading import load
+
+    question, images = inputs(prompt, image or [])
+    with load(model, context=context, threads=threads) as loaded:
+        stream = loaded.stream(
+            question,
+            images,
+            system=system,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            stop=tuple(stop or ()),
+        )
+        for piece in stream:
+            if not json_output:
+                write(piece)
+        answer = stream.answer
+    assert answer is not None
+    _report(answer, json_output)
+
+
+def _report(answer: Answer, json_output: bool) -> None:
+    print_result(answer.to_json(), "", json_output)
+    if not json_output and sys.stderr.isatty():
+        t, u = answer.timings, answer.usage
+        typer.echo(
+            f"load {t.load_s:.2f} s, image {t.decode_image_s + t.preprocess_s + t.encode_s:.2f} s, "
+            f"prefill {t.prefill_s:.2f} s ({u.prompt_tokens} tokens), {u.completion_tokens} tokens "
+            f"at {t.tokens_per_s:.0f}/s, peak {answer.peak_rss_bytes / 1e6:.0f} MB",
+            err=True,
+        )
