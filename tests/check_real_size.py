@@ -76,7 +76,7 @@ def write_checkpoint(folder: Path, name: str) -> transformers.LlavaForConditiona
 
 
 def check(name: str, folder: Path, forms: list[str]) -> list[str]:
-    """The table's rows of one tower, in the order of `FORMS`; fp32, which the others are compared with, always is one."""
+    """The table's rows of one tower, in the order of `FORMS`; that of fp32 in any case."""
     model = write_checkpoint(folder / "checkpoint", name)
     processor = transformers.AutoImageProcessor.from_pretrained(folder / "checkpoint", backend="pil")
     pictures = photographs()
