@@ -25,7 +25,7 @@ FORMS = ("int8", "fp32", "fp16", "int4")
 
 
 def write_llava(folder: Path) -> None:
-    """LLaVA 1.5's tower and projector, as float16 like the published ones, with one block of a narrow language model."""
+    """LLaVA 1.5, its tower and projector of their size, in float16 as published, with one block of a language model."""
     tokenizer = tiny.make_tokenizer("llama-bpe")
     config = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(

@@ -16,8 +16,9 @@ import pytest
 import tiny
 import tiny_mmproj
 import tiny_smolvlm
+from pictures import picture
 from test_convert_llava_original import MM, original
-from test_smolvlm import layout_ids, picture, reference_inputs
+from test_smolvlm import layout_ids, reference_inputs
 from tiny import Variant
 from tiny import copy as tiny_copy
 from tiny_mmproj import KINDS, TYPES
