@@ -1,6 +1,6 @@
 """How much memory the conversion of vision models takes: real towers with random weights, by hand, not in CI.
 
-    python tests/check_memory.py [--models llava-clip-l14-336 smolvlm-256m] [--forms int8 fp32] [-- OPTION...]
+    python tests/check_convert_memory.py [--models llava-clip-l14-336 smolvlm-256m] [--forms int8 fp32] [-- OPTION...]
 
 Each checkpoint is written once (2 GB of disk) and converted by `edgevlm convert` in a process of its own. What follows
 `--` goes to every conversion. Prints a table in Markdown; the peaks are those of `bench_convert.py`.
