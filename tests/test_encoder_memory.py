@@ -28,7 +28,7 @@ def own():
 
 if sys.argv[2] == "default order":
     onnxruntime.ExecutionOrder = SimpleNamespace(PRIORITY_BASED=onnxruntime.ExecutionOrder.DEFAULT)
-pixels_TCHW = np.ones((1, 1, %d, %d), np.float32)
+pixels_TCHW = np.ones((1, 1, int(sys.argv[3]), int(sys.argv[3])), np.float32)
 encoder = Encoder(sys.argv[1], None, threads=1)
 before = own()
 if sys.argv[2] == "views":
@@ -39,7 +39,7 @@ during = own()
 del encoder
 gc.collect()
 print(during - before, own() - before)
-""" % (SIDE, SIDE)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,8 @@ def graph(tmp_path_factory):
 
 def growth(graph, mode):
     """Bytes during the run, and after it."""
-    done = subprocess.run([sys.executable, "-c", CHILD, str(graph), mode], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", CHILD, str(graph), mode, str(SIDE)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert re.fullmatch(r"-?\d+ -?\d+\n", done.stdout)
     return tuple(map(int, done.stdout.split()))
 
