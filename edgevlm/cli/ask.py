@@ -73,7 +73,7 @@ def ask(
       edgevlm ask "What does the display read?" -i panel.jpg
       edgevlm ask "Which lamps are on?" -i - --json < panel.jpg
       edgevlm ask "Is the red lamp on?" -i panel.jpg --choices yes,no
-      edgevlm ask "{image} is new, {image} is worn. What changed?" -i new.jpg -i worn.jpg -m ./smolvlm
+      edgevlm ask "From {image} to {image}: what changed?" -i a.jpg -i b.jpg
       edgevlm ask "Why is the sky blue?" -m smollm2.gguf --max-tokens 80
     """
     from edgevlm.loading import load
