@@ -201,7 +201,7 @@ class Vision:
             digest.update(image_HWC[start : start + 256].tobytes())
         known_as = key = digest.hexdigest()
         if self._budget and _n_rows(layout) < n_rows:
-            key = self._budget.key(known_as, self._spec)
+            key = self._budget.key(known_as)
         return key, layout, known_as, n_rows
 
 
