@@ -134,10 +134,16 @@ def farthest_first(rows_ND: NDArray[np.float32], count: int) -> list[int]:
 
     unit_ND = rows_ND.astype(np.float64)
     unit_ND /= np.maximum(np.linalg.norm(unit_ND, axis=1, keepdims=True), np.finfo(np.float32).tiny)
-    found = [int(np.argmax(unit_ND @ unit_ND.mean(axis=0)))]
-    nearest_N = unit_ND @ unit_ND[found[0]]
+
+    def likeness_N(one_D: NDArray[np.float64]) -> NDArray[np.float64]:
+        # not by BLAS, whose sums depend on a row's place: equal rows would differ
+        made_N: NDArray[np.float64] = np.einsum("nd,d->n", unit_ND, one_D, optimize=False)
+        return made_N
+
+    found = [int(np.argmax(likeness_N(unit_ND.mean(axis=0))))]
+    nearest_N = likeness_N(unit_ND[found[0]])
     while len(found) < count:
         nearest_N[found[-1]] = np.inf
         found.append(int(np.argmin(nearest_N)))
-        np.maximum(nearest_N, unit_ND @ unit_ND[found[-1]], out=nearest_N)
+        np.maximum(nearest_N, likeness_N(unit_ND[found[-1]]), out=nearest_N)
     return sorted(found)
