@@ -26,7 +26,7 @@ REFERENCES = {"torch", "transformers", "tokenizers", "safetensors"}
 #: Who may import whom inside edgevlm: one direction, from the front ends down to the contracts.
 BASE = {"errors", "files", "spec", "machine", "options", "answer", "progress", "text"}
 STAGES = {
-    "_arrays", "_kernels", "blob", "bundle", "choose", "decoder", "describe", "encoder", "frames", "generate",
+    "_arrays", "_kernels", "blob", "budget", "bundle", "choose", "decoder", "describe", "encoder", "frames", "generate",
     "gguf", "gguf_llama", "held", "image", "journal", "kept", "kernels", "layout", "llama", "messages",
     "preprocess", "prompt", "sampling", "splice", "storage", "stream", "template", "tiling", "vision", "vocabulary",
 }  # fmt: skip

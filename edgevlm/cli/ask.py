@@ -59,6 +59,9 @@ def ask(
             help="Keep there what was computed of pictures, for the next time. [default: nothing is kept]",
         ),
     ] = None,
+    image_tokens: Annotated[
+        str, typer.Option("--image-tokens", metavar="full|N", help="Most tokens of each picture; fewer answer sooner.")
+    ] = "full",
     json_output: Annotated[
         bool, typer.Option("--json", help="Print one JSON object with the answer, usage, timings and memory.")
     ] = False,
@@ -81,7 +84,7 @@ def ask(
 
     question, images = inputs(prompt, image or [])
     parts = marked(question, images)
-    with load(model, context=context, threads=threads, state=state) as loaded:
+    with load(model, context=context, threads=threads, state=state, image_tokens=image_tokens) as loaded:
         if choices is not None:
             _report(loaded.pick(parts, choices.split(","), system=system), json_output, streamed=False)
             return
