@@ -27,8 +27,8 @@ static size_t divide(const struct attention *a, const struct attention_ops *ops,
                      struct attention_head *packed) {
     size_t tokens = attention_padded(a->tokens, 16), channels = attention_padded(a->width, 16);
     size_t keys = 0;
-    size_t values = keys + aligned(tokens * attention_padded(a->width, 4) * ops->element_bytes);
-    size_t key_scales = values + aligned(tokens * channels * ops->element_bytes);
+    size_t values = keys + aligned(tokens * attention_padded(a->width, 4) * ops->key_bytes);
+    size_t key_scales = values + aligned(tokens * channels * ops->value_bytes);
     size_t value_scales = key_scales + aligned(tokens * sizeof(float));
     size_t value_means = value_scales + aligned(channels * sizeof(float));
     size_t finite = value_means + aligned(channels * sizeof(float));

@@ -45,7 +45,7 @@ struct attention_head {
 };
 
 struct attention_ops {
-    size_t element_bytes; /* of a stored key or value */
+    size_t key_bytes, value_bytes; /* of a stored key and value */
     /* Fill `packed` from head `head` of picture `picture`. */
     void (*prepare)(const struct attention *a, size_t picture, size_t head,
                     const struct attention_head *packed);

@@ -4,21 +4,23 @@
 #if defined(__x86_64__)
 #define LANES_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma")))
 /* vpdpbusd multiplies unsigned by signed bytes: keys are moved by 128, and the sum of a query's channels makes up. */
-enum { KEYS = 16, TAPS = 4, KEY_MOVED = 128, VALUE_MOVED = 0 };
-typedef uint8_t element, weight;
-typedef uint32_t unit;
-/* Four vectors of weights become bytes without leaving their 128-bit lanes: of the keys 16 v + 4 l + t, v and l swap. */
-#define WEIGHT_AT(j) (((j) & 12) * 4 + ((j) >> 4) * 4 + ((j) & 3))
+enum { KEYS = 16, KEY_TAPS = 4, VALUE_TAPS = 2, KEY_MOVED = 128, VALUE_MOVED = 0, WEIGHTS = 64 };
+typedef uint8_t key;
+typedef int16_t value, weight;
+/* Vectors of weights become half words without leaving their 128-bit lanes: of two vectors, fours of keys alternate. */
+#define WEIGHT_AT(j) ((j) / 32 * 32 + (j) / 4 % 4 * 8 + (j) / 16 % 2 * 4 + (j) % 4)
+#define WEIGHT_OF(row, j) (row)[WEIGHT_AT(j)]
 #include "attention_lanes.h"
 
 #include <immintrin.h>
 
 enum { TOGETHER = 4 }; /* rows whose sums are in registers */
 
-ATTENTION_INLINE __m512i four_of(const void *bytes) {
-    int32_t four;
-    memcpy(&four, bytes, sizeof four);
-    return _mm512_set1_epi32(four);
+/* 32 bits in every lane: four queries' channels, or two weights. */
+ATTENTION_INLINE __m512i everywhere(const void *bytes) {
+    int32_t word;
+    memcpy(&word, bytes, sizeof word);
+    return _mm512_set1_epi32(word);
 }
 
 /* The four largest lanes of four vectors, side by side. */
@@ -40,7 +42,7 @@ ATTENTION_INLINE __m128i sums_of_four(const __m512i x[4]) {
 }
 
 /* `n` vectors of keys, TOGETHER rows. */
-ATTENTION_INLINE void score_rows(const unit *queries, const int32_t *query_sums, const element *keys,
+ATTENTION_INLINE void score_rows(const key *queries, const int32_t *query_sums, const key *keys,
                                  const float *key_scales, size_t channels, size_t n, float *scores_RB,
                                  float *largest) {
     __m512i sums[TOGETHER][4];
@@ -49,13 +51,13 @@ ATTENTION_INLINE void score_rows(const unit *queries, const int32_t *query_sums,
             sums[r][v] = _mm512_set1_epi32(-KEY_MOVED * query_sums[r]);
         }
     }
-    for (size_t c = 0; c < channels; c += TAPS, queries += ROWS, keys += n * KEYS * TAPS) {
+    for (size_t c = 0; c < channels; c += KEY_TAPS, queries += ROWS * KEY_TAPS, keys += n * KEYS * KEY_TAPS) {
         __m512i k[4];
         for (size_t v = 0; v < n; v++) {
-            k[v] = _mm512_load_si512(keys + v * KEYS * TAPS);
+            k[v] = _mm512_load_si512(keys + v * KEYS * KEY_TAPS);
         }
         for (size_t r = 0; r < TOGETHER; r++) {
-            __m512i q = four_of(queries + r);
+            __m512i q = everywhere(queries + r * KEY_TAPS);
             for (size_t v = 0; v < n; v++) {
                 sums[r][v] = _mm512_dpbusd_epi32(sums[r][v], k[v], q);
             }
@@ -72,13 +74,12 @@ ATTENTION_INLINE void score_rows(const unit *queries, const int32_t *query_sums,
     _mm_storeu_ps(largest, largest_of_four(most));
 }
 
-static LANES_TARGET void scores(const unit *queries, const int32_t *query_sums, const element *keys,
-                                const float *key_scales, size_t channels, size_t n_vectors, float *scores_RB,
-                                float *largest) {
+static LANES_TARGET void scores(const key *queries, const int32_t *query_sums, const key *keys, const float *key_scales,
+                                size_t channels, size_t n_keys, float *scores_RB, float *largest) {
     for (size_t r = 0; r < ROWS; r += TOGETHER) {
-        const unit *q = queries + r;
+        const key *q = queries + r * KEY_TAPS;
         float *to = scores_RB + r * BLOCK;
-        switch (n_vectors) {
+        switch (n_keys / KEYS) {
         case 1: score_rows(q, query_sums + r, keys, key_scales, channels, 1, to, largest + r); break;
         case 2: score_rows(q, query_sums + r, keys, key_scales, channels, 2, to, largest + r); break;
         case 3: score_rows(q, query_sums + r, keys, key_scales, channels, 3, to, largest + r); break;
@@ -89,7 +90,7 @@ static LANES_TARGET void scores(const unit *queries, const int32_t *query_sums, 
 
 ATTENTION_INLINE __m512i weights_of(const float *scores, __m512 scale, __m512 offset) {
     __m512 x = _mm512_fmadd_ps(_mm512_load_ps(scores), scale, offset);
-    __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); /* x - floor(x) */
+    __m512 f = _mm512_sub_ps(x, _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
     __m512 y = _mm512_set1_ps(WEIGHT_3);
     y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(WEIGHT_2));
     y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(WEIGHT_1));
@@ -97,28 +98,30 @@ ATTENTION_INLINE __m512i weights_of(const float *scores, __m512 scale, __m512 of
     return _mm512_cvt_roundps_epi32(_mm512_scalef_ps(y, x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
-static LANES_TARGET void weights(const float *scores_RB, const float *scales, const float *offsets, size_t n_vectors,
+static LANES_TARGET void weights(const float *scores_RB, const float *scales, const float *offsets, size_t n_keys,
                                  weight *weights_RB, int32_t *sums) {
+    const __m512i ones = _mm512_set1_epi16(1), zero = _mm512_setzero_si512();
     for (size_t first = 0; first < ROWS; first += TOGETHER) {
         __m512i parts[TOGETHER];
         for (size_t i = 0; i < TOGETHER; i++) {
             size_t r = first + i;
             __m512 scale = _mm512_set1_ps(scales[r]), offset = _mm512_set1_ps(offsets[r]);
-            __m512i w[4];
-            for (size_t v = 0; v < 4; v++) {
-                w[v] = v < n_vectors ? weights_of(scores_RB + r * BLOCK + v * KEYS, scale, offset)
-                                     : _mm512_setzero_si512();
+            parts[i] = zero;
+            for (size_t j = 0; j < n_keys; j += 2 * KEYS) {
+                const float *from = scores_RB + r * BLOCK + j;
+                __m512i low = weights_of(from, scale, offset);
+                __m512i high = j + KEYS < n_keys ? weights_of(from + KEYS, scale, offset) : zero;
+                __m512i both = _mm512_packs_epi32(low, high);
+                _mm512_store_si512(weights_RB + r * WEIGHTS + j, both);
+                parts[i] = _mm512_dpwssd_epi32(parts[i], both, ones);
             }
-            __m512i bytes = _mm512_packus_epi16(_mm512_packus_epi32(w[0], w[1]), _mm512_packus_epi32(w[2], w[3]));
-            _mm512_store_si512(weights_RB + r * BLOCK, bytes);
-            parts[i] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), bytes, _mm512_set1_epi8(1));
         }
         _mm_storeu_si128((__m128i *)(void *)(sums + first), sums_of_four(parts));
     }
 }
 
 /* `n` vectors of channels, TOGETHER rows. */
-ATTENTION_INLINE void product_rows(const weight *weights_RB, const element *values, size_t channels, size_t n_vectors,
+ATTENTION_INLINE void product_rows(const weight *weights_RB, const value *values, size_t channels, size_t n_keys,
                                    size_t n, const float *kept, const float *fresh, float *totals_RC) {
     __m512i sums[TOGETHER][6];
     for (size_t r = 0; r < TOGETHER; r++) {
@@ -126,17 +129,19 @@ ATTENTION_INLINE void product_rows(const weight *weights_RB, const element *valu
             sums[r][v] = _mm512_setzero_si512();
         }
     }
-    for (size_t i = 0; i < n_vectors; i++, weights_RB += TAPS) {
-        const weight *w = weights_RB;
-        for (size_t l = 0; l < KEYS / TAPS; l++, w += KEYS, values += channels * TAPS) {
-            __m512i x[6];
-            for (size_t v = 0; v < n; v++) {
-                x[v] = _mm512_load_si512(values + v * KEYS * TAPS);
-            }
-            for (size_t r = 0; r < TOGETHER; r++) {
-                __m512i four = four_of(w + r * BLOCK);
+    for (size_t j = 0; j < n_keys; j += KEYS) {
+        const weight *w = weights_RB + WEIGHT_AT(j);
+        for (size_t l = 0; l < KEYS / 4; l++, w += 8) {
+            for (size_t t = 0; t < 4; t += VALUE_TAPS, values += channels * VALUE_TAPS) {
+                __m512i x[6];
                 for (size_t v = 0; v < n; v++) {
-                    sums[r][v] = _mm512_dpbusd_epi32(sums[r][v], four, x[v]);
+                    x[v] = _mm512_load_si512(values + v * KEYS * VALUE_TAPS);
+                }
+                for (size_t r = 0; r < TOGETHER; r++) {
+                    __m512i two = everywhere(w + r * WEIGHTS + t);
+                    for (size_t v = 0; v < n; v++) {
+                        sums[r][v] = _mm512_dpwssd_epi32(sums[r][v], two, x[v]);
+                    }
                 }
             }
         }
@@ -150,28 +155,28 @@ ATTENTION_INLINE void product_rows(const weight *weights_RB, const element *valu
     }
 }
 
-static LANES_TARGET void products(const weight *weights_RB, const int32_t *sums, const element *values,
-                                  size_t channels, size_t n_vectors, const float *kept, const float *fresh,
-                                  float *totals_RC) {
+static LANES_TARGET void products(const weight *weights_RB, const int32_t *sums, const value *values, size_t channels,
+                                  size_t n_keys, const float *kept, const float *fresh, float *totals_RC) {
     (void)sums;
     for (size_t c = 0; c < channels;) {
         size_t left = (channels - c) / KEYS, n = left <= 6 ? left : 4;
         for (size_t r = 0; r < ROWS; r += TOGETHER) {
-            const weight *w = weights_RB + r * BLOCK;
-            const element *x = values + c * TAPS;
+            const weight *w = weights_RB + r * WEIGHTS;
+            const value *x = values + c * VALUE_TAPS;
             float *to = totals_RC + r * channels + c;
             switch (n) {
-            case 1: product_rows(w, x, channels, n_vectors, 1, kept + r, fresh + r, to); break;
-            case 2: product_rows(w, x, channels, n_vectors, 2, kept + r, fresh + r, to); break;
-            case 3: product_rows(w, x, channels, n_vectors, 3, kept + r, fresh + r, to); break;
-            case 4: product_rows(w, x, channels, n_vectors, 4, kept + r, fresh + r, to); break;
-            case 5: product_rows(w, x, channels, n_vectors, 5, kept + r, fresh + r, to); break;
-            default: product_rows(w, x, channels, n_vectors, 6, kept + r, fresh + r, to); break;
+            case 1: product_rows(w, x, channels, n_keys, 1, kept + r, fresh + r, to); break;
+            case 2: product_rows(w, x, channels, n_keys, 2, kept + r, fresh + r, to); break;
+            case 3: product_rows(w, x, channels, n_keys, 3, kept + r, fresh + r, to); break;
+            case 4: product_rows(w, x, channels, n_keys, 4, kept + r, fresh + r, to); break;
+            case 5: product_rows(w, x, channels, n_keys, 5, kept + r, fresh + r, to); break;
+            default: product_rows(w, x, channels, n_keys, 6, kept + r, fresh + r, to); break;
             }
         }
         c += n * KEYS;
     }
 }
 
-const struct attention_ops attention_avx512 = {.element_bytes = sizeof(element), .prepare = prepare, .rows = rows};
+const struct attention_ops attention_avx512 = {
+    .key_bytes = sizeof(key), .value_bytes = sizeof(value), .prepare = prepare, .rows = rows};
 #endif

@@ -10,19 +10,18 @@
  *
  *     score  = float(sum of query * key) * key's scale                     exact integers, one rounding
  *     x      = score * row's scale - block's largest, in powers of two     fused: one rounding
- *     weight = round(255 * 2^x), 0..255                                    the largest of each block is 255
+ *     weight = round(32767 * 2^x), 15 bits                                 the largest of each block is near 32767
  *     sum    = sum of weights; products[channel] = sum of weight * value   exact integers
  *     total  = total * 2^(old largest - new) + sum * 2^(block's largest - new), and the products likewise
  *
- * Because a block has its own largest weight, one key that outshines all others takes the precision of its own block
- * only. A file defines before it includes this one:
+ * Weights have 15 bits because attention that was trained is uneven: with 8 bits they lose three times as much as
+ * queries, keys and values together, with 15 nothing that shows. A file defines before it includes this one:
  *
- *     LANES_TARGET        the attribute that names its instructions
- *     KEYS, TAPS          keys side by side in a vector; elements that one instruction sums up for each
- *     element, unit       type of a stored key or value, and an unsigned integer of TAPS of them
- *     KEY_MOVED, VALUE_MOVED  added to keys and values to make them unsigned, or 0
- *     weight              type of a stored weight; a query has that of a key, but signed
- *     WEIGHT_AT(j)        where the weight of a block's key j lies
+ *     LANES_TARGET            the attribute that names its instructions
+ *     key, value              types of a stored key and value; KEY_MOVED, VALUE_MOVED make them unsigned, or are 0
+ *     KEY_TAPS, VALUE_TAPS    how many of them lie together, as one instruction sums them up
+ *     weight                  type of a stored weight, or of its parts; WEIGHTS of them for a row of a block
+ *     WEIGHT_OF(row, j)       the weight of a block's key j
  *
  * and behind it the functions scores(), weights() and products().
  */
@@ -38,29 +37,27 @@
 
 enum { MOST_PADDED = ATTENTION_MOST_WIDTH, ROWS = ATTENTION_ROWS, BLOCK = ATTENTION_BLOCK };
 
-/* Queries lie as [channel / TAPS][row][channel % TAPS], the keys of a block as [channel / TAPS][key][channel % TAPS],
- * values as [key / TAPS][channel][key % TAPS]. */
+/* Queries lie as [channel / KEY_TAPS][row][channel % KEY_TAPS], the keys of a block likewise, values as
+ * [key / VALUE_TAPS][channel][key % VALUE_TAPS]. A query has a key's type, but signed. */
 
-/* scores_RB[r][j] = float(sum over channels of query * key) * key_scales[j] for the `n_vectors` * KEYS keys, and the
- * largest of each row. `query_sums` are the sums of a row's channels. */
-static LANES_TARGET void scores(const unit *queries, const int32_t *query_sums, const element *keys,
-                                const float *key_scales, size_t channels, size_t n_vectors, float *scores_RB,
-                                float *largest);
+/* scores_RB[r][j] = float(sum over channels of query * key) * key_scales[j] for the `n_keys` keys, a multiple of 16, and
+ * the largest of each row. `query_sums` are the sums of a row's channels. */
+static LANES_TARGET void scores(const key *queries, const int32_t *query_sums, const key *keys, const float *key_scales,
+                                size_t channels, size_t n_keys, float *scores_RB, float *largest);
 
-/* weights_RB[r][WEIGHT_AT(j)] = round(255 * 2^x), x = fma(score, scales[r], offsets[r]), and the sum of each row. */
-static LANES_TARGET void weights(const float *scores_RB, const float *scales, const float *offsets, size_t n_vectors,
+/* The weight round(32767 * 2^x), x = fma(score, scales[r], offsets[r]), of each score, and the sum of each row. */
+static LANES_TARGET void weights(const float *scores_RB, const float *scales, const float *offsets, size_t n_keys,
                                  weight *weights_RB, int32_t *sums);
 
 /* totals_RC[r][c] = fma(float(sum of weight * value), fresh[r], totals_RC[r][c] * kept[r]). `sums` are the weights'. */
-static LANES_TARGET void products(const weight *weights_RB, const int32_t *sums, const element *values,
-                                  size_t channels, size_t n_vectors, const float *kept, const float *fresh,
-                                  float *totals_RC);
+static LANES_TARGET void products(const weight *weights_RB, const int32_t *sums, const value *values, size_t channels,
+                                  size_t n_keys, const float *kept, const float *fresh, float *totals_RC);
 
-/* 255 * 2^f for 0 <= f <= 1, largest relative error 7.5e-5 (minimax): a fiftieth of what rounding to 8 bits may lose. */
-#define WEIGHT_3 0x1.3e570ep+4f
-#define WEIGHT_2 0x1.cd2d52p+5f
-#define WEIGHT_1 0x1.62e006p+7f
-#define WEIGHT_0 0x1.fdf63cp+7f
+/* 32767 * 2^f for 0 <= f <= 1, largest relative error 7.5e-5 (minimax), of one sign at both ends: none exceeds 32767. */
+#define WEIGHT_3 0x1.3f94260000000p+11f
+#define WEIGHT_2 0x1.cef8bp+12f
+#define WEIGHT_1 0x1.6441820000000p+14f
+#define WEIGHT_0 0x1.fff2320000000p+14f
 
 ATTENTION_INLINE uint32_t bits_of(float x) {
     uint32_t bits;
@@ -118,10 +115,10 @@ ATTENTION_INLINE bool is_finite(uint32_t magnitude) {
     return magnitude < bits_of(ATTENTION_LIMIT);
 }
 
-/* Put a row of channels where every TAPS of them have `together` neighbours. */
-ATTENTION_INLINE void spread(const element *row, size_t channels, unit *units, size_t together) {
-    for (size_t g = 0; g < channels / TAPS; g++) {
-        memcpy(units + g * together, row + g * TAPS, sizeof *units);
+/* Put a row of channels where every KEY_TAPS of them have `together` neighbours. */
+ATTENTION_INLINE void spread(const key *row, size_t channels, key *keys, size_t together) {
+    for (size_t c = 0; c < channels; c += KEY_TAPS) {
+        memcpy(keys + c * together, row + c, KEY_TAPS * sizeof *row);
     }
 }
 
@@ -138,7 +135,7 @@ ATTENTION_INLINE bool prepare_keys(const struct attention *a, const float *k, si
                                    const struct attention_head *packed) {
     size_t width = a->width, channels = attention_padded(width, 4), padded = attention_padded(a->tokens, 16);
     float mean[MOST_PADDED] = {0}, x[MOST_PADDED];
-    element row[MOST_PADDED];
+    key row[MOST_PADDED];
     for (size_t s = 0; s < a->tokens; s++) {
         ahead(k, s, a, stride);
         for (size_t c = 0; c < width; c++) {
@@ -163,7 +160,7 @@ ATTENTION_INLINE bool prepare_keys(const struct attention *a, const float *k, si
                 return false;
             }
             for (size_t c = 0; c < width; c++) {
-                row[c] = (element)(rounded(x[c] * step.inverse) + KEY_MOVED);
+                row[c] = (key)(rounded(x[c] * step.inverse) + KEY_MOVED);
             }
             for (size_t c = width; c < channels; c++) {
                 row[c] = KEY_MOVED;
@@ -172,7 +169,7 @@ ATTENTION_INLINE bool prepare_keys(const struct attention *a, const float *k, si
             packed->key_scales[s] = packed->key_scales[a->tokens - 1];
         }
         size_t start = s / BLOCK * BLOCK, together = padded - start < BLOCK ? padded - start : BLOCK;
-        spread(row, channels, (unit *)packed->keys + start * (channels / TAPS) + s % BLOCK, together);
+        spread(row, channels, (key *)packed->keys + start * channels + s % BLOCK * KEY_TAPS, together);
     }
     return is_finite(most);
 }
@@ -209,23 +206,21 @@ ATTENTION_INLINE bool prepare_values(const struct attention *a, const float *v, 
     if (!finite) {
         return false;
     }
-    unit *units = packed->values;
-    for (size_t s = 0; s < padded; s += TAPS, units += channels) {
-        element taps[TAPS][MOST_PADDED];
-        for (size_t t = 0; t < TAPS; t++) {
+    value *to = packed->values;
+    for (size_t s = 0; s < padded; s += VALUE_TAPS) {
+        value taps[VALUE_TAPS][MOST_PADDED];
+        for (size_t t = 0; t < VALUE_TAPS; t++) {
             for (size_t c = 0; c < channels; c++) {
                 taps[t][c] = VALUE_MOVED;
             }
             for (size_t c = 0; c < width && s + t < a->tokens; c++) {
-                taps[t][c] = (element)(rounded((v[(s + t) * stride + c] - mean[c]) * inverse[c]) + VALUE_MOVED);
+                taps[t][c] = (value)(rounded((v[(s + t) * stride + c] - mean[c]) * inverse[c]) + VALUE_MOVED);
             }
         }
         for (size_t c = 0; c < channels; c++) {
-            element both[TAPS];
-            for (size_t t = 0; t < TAPS; t++) {
-                both[t] = taps[t][c];
+            for (size_t t = 0; t < VALUE_TAPS; t++) {
+                *to++ = taps[t][c];
             }
-            memcpy(units + c, both, sizeof *units);
         }
     }
     return true;
@@ -241,10 +236,10 @@ ATTENTION_INLINE void prepare_head(const struct attention *a, size_t picture, si
 
 /* Up to ROWS queries as integers; rows that do not exist, or are not finite, are zeros. */
 ATTENTION_INLINE void prepare_queries(const float *q, const float *bias, size_t stride, size_t n_rows, size_t width,
-                                      float factor, unit *queries, int32_t *sums, float *scales, bool *finite) {
+                                      float factor, key *queries, int32_t *sums, float *scales, bool *finite) {
     size_t channels = attention_padded(width, 4);
     float x[MOST_PADDED];
-    element row[MOST_PADDED];
+    key row[MOST_PADDED];
     memset(row, 0, sizeof row);
     for (size_t r = 0; r < ROWS; r++) {
         struct step step = {0, 0};
@@ -260,28 +255,29 @@ ATTENTION_INLINE void prepare_queries(const float *q, const float *bias, size_t 
         }
         for (size_t c = 0; c < width; c++) {
             int32_t integer = finite[r] ? rounded(x[c] * step.inverse) : 0;
-            row[c] = (element)integer;
+            row[c] = (key)integer;
             sum += integer;
         }
-        spread(row, channels, queries + r, ROWS);
+        spread(row, channels, queries + r * KEY_TAPS, ROWS);
         scales[r] = step.scale * factor;
         sums[r] = sum;
     }
 }
 
 /* Up to ROWS queries, from their integers to the output. */
-ATTENTION_INLINE void finish_rows(const struct attention *a, const struct attention_head *packed, const unit *queries,
+ATTENTION_INLINE void finish_rows(const struct attention *a, const struct attention_head *packed, const key *queries,
                                   const int32_t *query_sums, const float *scales, float *totals_RC, float *sums) {
     size_t channels = attention_padded(a->width, 4), columns = attention_padded(a->width, 16);
-    const element *keys = packed->keys, *values = packed->values;
+    const key *keys = packed->keys;
+    const value *values = packed->values;
     _Alignas(ATTENTION_ALIGNMENT) float scores_RB[ROWS * BLOCK];
-    _Alignas(ATTENTION_ALIGNMENT) weight weights_RB[ROWS * BLOCK];
+    _Alignas(ATTENTION_ALIGNMENT) weight weights_RB[ROWS * WEIGHTS];
     float largest[ROWS], found[ROWS], offsets[ROWS], kept[ROWS], fresh[ROWS];
     int32_t weight_sums[ROWS];
     memset(totals_RC, 0, ROWS * columns * sizeof *totals_RC);
     for (size_t start = 0; start < a->tokens; start += BLOCK) {
         size_t n = a->tokens - start < BLOCK ? a->tokens - start : BLOCK, padded = attention_padded(n, 16);
-        scores(queries, query_sums, keys + start * channels, packed->key_scales + start, channels, padded / KEYS,
+        scores(queries, query_sums, keys + start * channels, packed->key_scales + start, channels, padded,
                scores_RB, found);
         for (size_t r = 0; r < ROWS; r++) {
             float old = start == 0 ? found[r] : largest[r];
@@ -290,10 +286,10 @@ ATTENTION_INLINE void finish_rows(const struct attention *a, const struct attent
             fresh[r] = power((found[r] - largest[r]) * scales[r]);
             offsets[r] = -(found[r] * scales[r]);
         }
-        weights(scores_RB, scales, offsets, padded / KEYS, weights_RB, weight_sums);
-        products(weights_RB, weight_sums, values + start * columns, columns, padded / KEYS, kept, fresh, totals_RC);
+        weights(scores_RB, scales, offsets, padded, weights_RB, weight_sums);
+        products(weights_RB, weight_sums, values + start * columns, columns, padded, kept, fresh, totals_RC);
         for (size_t r = 0; r < ROWS; r++) { /* what repeats the last key does not count */
-            int32_t sum = weight_sums[r] - (int32_t)(padded - n) * weights_RB[r * BLOCK + WEIGHT_AT(n - 1)];
+            int32_t sum = weight_sums[r] - (int32_t)(padded - n) * WEIGHT_OF(weights_RB + r * WEIGHTS, n - 1);
             sums[r] = __builtin_fmaf((float)sum, fresh[r], start == 0 ? 0.0f : sums[r] * kept[r]);
         }
     }
@@ -303,7 +299,7 @@ ATTENTION_INLINE void compute_rows(const struct attention *a, size_t picture, si
                                    const struct attention_head *packed, size_t from, size_t to) {
     size_t all = a->heads * a->width, stride = 3 * all, first = head * a->width;
     size_t columns = attention_padded(a->width, 16);
-    _Alignas(ATTENTION_ALIGNMENT) unit queries[ROWS * MOST_PADDED / TAPS];
+    _Alignas(ATTENTION_ALIGNMENT) key queries[ROWS * MOST_PADDED];
     _Alignas(ATTENTION_ALIGNMENT) float totals_RC[ROWS * MOST_PADDED];
     static const float zeros[MOST_PADDED];
     int32_t query_sums[ROWS];
