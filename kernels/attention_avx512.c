@@ -88,8 +88,8 @@ static LANES_TARGET void scores(const key *queries, const int32_t *query_sums, c
     }
 }
 
-ATTENTION_INLINE __m512i weights_of(const float *scores, __m512 scale, __m512 offset) {
-    __m512 x = _mm512_fmadd_ps(_mm512_load_ps(scores), scale, offset);
+ATTENTION_INLINE __m512i weights_of(const float *scores, __m512 scale, __m512 largest) {
+    __m512 x = _mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(scores), largest), scale);
     __m512 f = _mm512_sub_ps(x, _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
     __m512 y = _mm512_set1_ps(WEIGHT_3);
     y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(WEIGHT_2));
@@ -98,19 +98,19 @@ ATTENTION_INLINE __m512i weights_of(const float *scores, __m512 scale, __m512 of
     return _mm512_cvt_roundps_epi32(_mm512_scalef_ps(y, x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
-static LANES_TARGET void weights(const float *scores_RB, const float *scales, const float *offsets, size_t n_keys,
+static LANES_TARGET void weights(const float *scores_RB, const float *scales, const float *largest, size_t n_keys,
                                  weight *weights_RB, int32_t *sums) {
     const __m512i ones = _mm512_set1_epi16(1), zero = _mm512_setzero_si512();
     for (size_t first = 0; first < ROWS; first += TOGETHER) {
         __m512i parts[TOGETHER];
         for (size_t i = 0; i < TOGETHER; i++) {
             size_t r = first + i;
-            __m512 scale = _mm512_set1_ps(scales[r]), offset = _mm512_set1_ps(offsets[r]);
+            __m512 scale = _mm512_set1_ps(scales[r]), most = _mm512_set1_ps(largest[r]);
             parts[i] = zero;
             for (size_t j = 0; j < n_keys; j += 2 * KEYS) {
                 const float *from = scores_RB + r * BLOCK + j;
-                __m512i low = weights_of(from, scale, offset);
-                __m512i high = j + KEYS < n_keys ? weights_of(from + KEYS, scale, offset) : zero;
+                __m512i low = weights_of(from, scale, most);
+                __m512i high = j + KEYS < n_keys ? weights_of(from + KEYS, scale, most) : zero;
                 __m512i both = _mm512_packs_epi32(low, high);
                 _mm512_store_si512(weights_RB + r * WEIGHTS + j, both);
                 parts[i] = _mm512_dpwssd_epi32(parts[i], both, ones);

@@ -9,7 +9,7 @@
  * For each block of 64 keys, and 16 rows side by side:
  *
  *     score  = float(sum of query * key) * key's scale                     exact integers, one rounding
- *     x      = score * row's scale - block's largest, in powers of two     fused: one rounding
+ *     x      = (score - block's largest) * row's scale, never above 0      an exponent of two
  *     weight = round(32767 * 2^x), 15 bits                                 the largest of each block is near 32767
  *     sum    = sum of weights; products[channel] = sum of weight * value   exact integers
  *     total  = total * 2^(old largest - new) + sum * 2^(block's largest - new), and the products likewise
@@ -45,8 +45,8 @@ enum { MOST_PADDED = ATTENTION_MOST_WIDTH, ROWS = ATTENTION_ROWS, BLOCK = ATTENT
 static LANES_TARGET void scores(const key *queries, const int32_t *query_sums, const key *keys, const float *key_scales,
                                 size_t channels, size_t n_keys, float *scores_RB, float *largest);
 
-/* The weight round(32767 * 2^x), x = fma(score, scales[r], offsets[r]), of each score, and the sum of each row. */
-static LANES_TARGET void weights(const float *scores_RB, const float *scales, const float *offsets, size_t n_keys,
+/* The weight round(32767 * 2^x), x = (score - largest[r]) * scales[r], of each score, and the sum of each row. */
+static LANES_TARGET void weights(const float *scores_RB, const float *scales, const float *largest, size_t n_keys,
                                  weight *weights_RB, int32_t *sums);
 
 /* totals_RC[r][c] = fma(float(sum of weight * value), fresh[r], totals_RC[r][c] * kept[r]). `sums` are the weights'. */
@@ -272,7 +272,7 @@ ATTENTION_INLINE void finish_rows(const struct attention *a, const struct attent
     const value *values = packed->values;
     _Alignas(ATTENTION_ALIGNMENT) float scores_RB[ROWS * BLOCK];
     _Alignas(ATTENTION_ALIGNMENT) weight weights_RB[ROWS * WEIGHTS];
-    float largest[ROWS], found[ROWS], offsets[ROWS], kept[ROWS], fresh[ROWS];
+    float largest[ROWS], found[ROWS], kept[ROWS], fresh[ROWS];
     int32_t weight_sums[ROWS];
     memset(totals_RC, 0, ROWS * columns * sizeof *totals_RC);
     for (size_t start = 0; start < a->tokens; start += BLOCK) {
@@ -284,9 +284,8 @@ ATTENTION_INLINE void finish_rows(const struct attention *a, const struct attent
             largest[r] = found[r] > old ? found[r] : old;
             kept[r] = power((old - largest[r]) * scales[r]);
             fresh[r] = power((found[r] - largest[r]) * scales[r]);
-            offsets[r] = -(found[r] * scales[r]);
         }
-        weights(scores_RB, scales, offsets, padded, weights_RB, weight_sums);
+        weights(scores_RB, scales, found, padded, weights_RB, weight_sums);
         products(weights_RB, weight_sums, values + start * columns, columns, padded, kept, fresh, totals_RC);
         for (size_t r = 0; r < ROWS; r++) { /* what repeats the last key does not count */
             int32_t sum = weight_sums[r] - (int32_t)(padded - n) * WEIGHT_OF(weights_RB + r * WEIGHTS, n - 1);

@@ -35,12 +35,12 @@ static weight weight_of(float x) {
     return (weight)rounded(ldexpf(y, (int)whole));
 }
 
-static void weights(const float *scores_RB, const float *scales, const float *offsets, size_t n_keys,
+static void weights(const float *scores_RB, const float *scales, const float *largest, size_t n_keys,
                     weight *weights_RB, int32_t *sums) {
     for (size_t r = 0; r < ROWS; r++) {
         sums[r] = 0;
         for (size_t j = 0; j < n_keys; j++) {
-            weight w = weight_of(__builtin_fmaf(scores_RB[r * BLOCK + j], scales[r], offsets[r]));
+            weight w = weight_of((scores_RB[r * BLOCK + j] - largest[r]) * scales[r]);
             weights_RB[r * WEIGHTS + j] = w;
             sums[r] += w;
         }
