@@ -10,9 +10,9 @@ branch and opens the next:
     delta = MatMul(activation(MatMul(n, W1) + b1), W2)
 
 The products Wqkv, Wo, W1 and W2 take the wanted form (onnx_products.py), and with int8 one operator takes the place of
-Split and MultiHeadAttention; patch embedding, norms and the connector stay in float32. The connector reads the residual stream itself, without a norm: its few large channels would
-stretch the one scale that an activation tensor has in int8 (measured: 0.043 relative error with it in int8, 0.013
-without; no other product matters as much).
+Split and MultiHeadAttention; patch embedding, norms and the connector stay in float32. The connector reads the residual
+stream itself, without a norm: its few large channels would stretch the one scale that an activation tensor has in int8
+(measured: 0.043 relative error with it in int8, 0.013 without; no other product matters as much).
 
 An int8 product may be smoothed: the norm before Wqkv and W1 then divides its channels by the factors, and V, with its
 bias, the channels that Wo reads.

@@ -275,6 +275,7 @@ ATTENTION_INLINE void finish_rows(const struct attention *a, const struct attent
     float largest[ROWS], found[ROWS], kept[ROWS], fresh[ROWS];
     int32_t weight_sums[ROWS];
     memset(totals_RC, 0, ROWS * columns * sizeof *totals_RC);
+    memset(sums, 0, ROWS * sizeof *sums);
     for (size_t start = 0; start < a->tokens; start += BLOCK) {
         size_t n = a->tokens - start < BLOCK ? a->tokens - start : BLOCK, padded = attention_padded(n, 16);
         scores(queries, query_sums, keys + start * channels, packed->key_scales + start, channels, padded,
@@ -287,9 +288,11 @@ ATTENTION_INLINE void finish_rows(const struct attention *a, const struct attent
         }
         weights(scores_RB, scales, found, padded, weights_RB, weight_sums);
         products(weights_RB, weight_sums, values + start * columns, columns, padded, kept, fresh, totals_RC);
-        for (size_t r = 0; r < ROWS; r++) { /* what repeats the last key does not count */
-            int32_t sum = weight_sums[r] - (int32_t)(padded - n) * WEIGHT_OF(weights_RB + r * WEIGHTS, n - 1);
-            sums[r] = __builtin_fmaf((float)sum, fresh[r], start == 0 ? 0.0f : sums[r] * kept[r]);
+        for (size_t r = 0; r < ROWS && n < padded; r++) { /* what repeats the last key does not count */
+            weight_sums[r] -= (int32_t)(padded - n) * WEIGHT_OF(weights_RB + r * WEIGHTS, n - 1);
+        }
+        for (size_t r = 0; r < ROWS; r++) {
+            sums[r] = __builtin_fmaf((float)weight_sums[r], fresh[r], sums[r] * kept[r]);
         }
     }
 }
