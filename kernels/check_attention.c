@@ -49,7 +49,6 @@ static float *answer(const struct attention_ops *ops, struct attention a) {
 static bool equal_numbers(const float *found, const float *expected, size_t n) {
     for (size_t i = 0; i < n; i++) {
         if (memcmp(&found[i], &expected[i], sizeof *found) != 0 && !(isnan(found[i]) && isnan(expected[i]))) {
-            printf("DBG %zu %a %a\n", i, (double)found[i], (double)expected[i]);
             return false;
         }
     }
