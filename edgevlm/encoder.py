@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgevlm import kernels
 from edgevlm.errors import BackendError, DependencyError
 from edgevlm.machine import usable_cpus
 from edgevlm.spec import EncoderSpec
@@ -29,7 +30,8 @@ class Encoder:
             stay pages of the file, which the system may drop; products take somewhat longer.
 
     Raises:
-        DependencyError: onnxruntime is missing.
+        DependencyError: onnxruntime is missing, or it does not take our operators.
+        KernelError: `EDGEVLM_KERNELS` names a target that cannot run.
         BackendError: the graph cannot be loaded.
     """
 
@@ -117,6 +119,15 @@ def _open_session(path: Path, threads: int, repack: bool) -> Any:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not repack:
         options.add_session_config_entry("session.disable_prepacking", "1")
+    library = kernels.operators_library()
+    try:
+        options.register_custom_ops_library(library)
+    except Exception as error:  # as above: no common base class
+        raise DependencyError(
+            f"onnxruntime {ort.__version__} cannot load the operators of {library} ({error}); "
+            "install edgevlm again, and onnxruntime 1.28.3 or later",
+            code="dependency.version",
+        ) from error
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # as above: no common base class
