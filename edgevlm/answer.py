@@ -52,9 +52,45 @@ class Timings:
             setattr(self, stage, getattr(self, stage) + time.perf_counter() - start)
 
 
+@dataclass(frozen=True)
+class Alternative:
+    """A token that might have come: its id, its bytes, and its log-probability."""
+
+    token: int
+    bytes: bytes
+    logprob: float
+
+    @property
+    def text(self) -> str:
+        """The bytes as text; U+FFFD where they are not whole characters."""
+        return self.bytes.decode("utf-8", "replace")
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of one token in `to_json` of an answer."""
+        return {"token": self.token, "text": self.text, "bytes": list(self.bytes), "logprob": round(self.logprob, 6)}
+
+
+@dataclass(frozen=True)
+class TokenLogprob(Alternative):
+    """A token that was drawn, and the likeliest ones at its place, likeliest first; it need not be among them.
+
+    Log-probabilities (natural logarithm) are the model's own: before penalty, temperature, filters and schema.
+    """
+
+    top: tuple[Alternative, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """As of an alternative, with the list."""
+        return {**super().to_json(), "top": [other.to_json() for other in self.top]}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A finished answer. `finish_reason` is `length` if `max_tokens` or a full context cut it, else `stop`."""
+    """A finished answer. `finish_reason` is `length` if `max_tokens` or a full context cut it, else `stop`.
+
+    `logprobs`, if they were asked for, has an entry for each token that was drawn, the one that ended the answer
+    included.
+    """
 
     text: str
     finish_reason: FinishReason
@@ -62,10 +98,11 @@ class Answer:
     usage: Usage
     timings: Timings
     peak_rss_bytes: int
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The object that `edgevlm ask --json` prints; seconds are rounded to the microsecond."""
-        return {
+        document: dict[str, Any] = {
             "text": self.text,
             "finish_reason": self.finish_reason,
             "model": self.model,
@@ -73,3 +110,6 @@ class Answer:
             "timings": {name: round(seconds, 6) for name, seconds in asdict(self.timings).items()},
             "memory": {"peak_rss_bytes": self.peak_rss_bytes},
         }
+        if self.logprobs is not None:
+            document["logprobs"] = [entry.to_json() for entry in self.logprobs]
+        return document

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from edgevlm.answer import FinishReason
+from edgevlm.answer import Alternative, FinishReason, TokenLogprob
 from edgevlm.decoder import Decoder
 from edgevlm.errors import UsageError
 from edgevlm.options import GenerateOptions
-from edgevlm.sampling import Sampler
+from edgevlm.sampling import Sampler, logprobs
 from edgevlm.text import TextStream
 
 
@@ -19,22 +19,29 @@ class Generation:
     The context must hold the prompt, and nobody else may use it until the end: a question asked meanwhile makes this
     answer fail, not wander off.
 
+    Args:
+        decoder: Holds the prompt.
+        options: How to draw, and where to end.
+        prompt: The prompt's tokens, for the repetition penalty; pictures have none.
+
     Attributes:
         tokens: The ids drawn so far, an end token included.
         finish_reason: Why it ended; `length` until it has ended.
         first_token_at: `time.perf_counter()` when the first token was drawn.
         seconds: Time spent on the tokens after the first, without what the caller did between them.
+        logprobs: One entry for each token drawn, if the options ask for them.
     """
 
-    def __init__(self, decoder: Decoder, options: GenerateOptions) -> None:
+    def __init__(self, decoder: Decoder, options: GenerateOptions, prompt: Sequence[int] = ()) -> None:
         self.tokens: list[int] = []
         self.finish_reason: FinishReason = "length"
         self.first_token_at = time.perf_counter()
         self.seconds = 0.0
+        self.logprobs: list[TokenLogprob] = []
         self._decoder = decoder
         self._epoch = decoder.epoch
         self._options = options
-        self._sampler = Sampler(options)
+        self._sampler = Sampler(options, prompt)
 
     @property
     def tokens_per_s(self) -> float:
@@ -72,7 +79,15 @@ class Generation:
 
     def _draw(self) -> None:
         self._check_ours()
-        self.tokens.append(self._sampler.sample(self._decoder.logits()))
+        logits_V = self._decoder.logits()
+        token = self._sampler.sample(logits_V)
+        self.tokens.append(token)
+        self._sampler.saw(token)
+        if self._options.logprobs is not None:
+            logprob, top = logprobs(logits_V, token, self._options.logprobs)
+            piece = self._decoder.vocabulary.piece
+            alternatives = tuple(Alternative(other.token, piece(other.token), other.logprob) for other in top)
+            self.logprobs.append(TokenLogprob(token, piece(token), logprob, alternatives))
 
     def _check_ours(self) -> None:
         self._decoder.check_open()

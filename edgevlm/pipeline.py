@@ -21,7 +21,7 @@ from edgevlm.machine import peak_rss_bytes
 from edgevlm.options import GenerateOptions
 from edgevlm.preprocess import preprocess_batches
 from edgevlm.spec import ImageSpec, PromptSpec
-from edgevlm.splice import Plan, PlannedImage, plan, splice
+from edgevlm.splice import Plan, PlannedImage, plan, prompt_tokens, splice
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,7 +86,7 @@ class Model:
             prompt: The question; pictures come before it.
             images: Paths, encoded bytes, PIL images or uint8 arrays (HW or HWC), in order.
             system: A system message.
-            options: Fields of `GenerateOptions`: `max_tokens`, `temperature`, `top_k`, `top_p`, `seed`, `stop`.
+            options: Fields of `GenerateOptions`: `max_tokens`, `temperature`, `stop` and so on.
 
         Raises:
             EdgeVLMError: one of the classes in `edgevlm.errors`.
@@ -144,7 +144,7 @@ class Model:
         with timings.measure("prefill_s"):
             self._decoder.prefill(splice(segments, embeds))
         usage_prompt = self._decoder.n_past
-        generation = Generation(self._decoder, options)
+        generation = Generation(self._decoder, options, prompt_tokens(segments))
         pieces = []
         for piece in generation:
             pieces.append(piece)
@@ -163,6 +163,7 @@ class Model:
             ),
             timings=timings,
             peak_rss_bytes=peak_rss_bytes(),
+            logprobs=None if options.logprobs is None else tuple(generation.logprobs),
         )
 
     def _plan(self, prompt: str, layouts: Sequence[ImageLayout], system: str | None) -> Plan:

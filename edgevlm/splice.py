@@ -82,6 +82,14 @@ def plan(pieces: Sequence[Piece], tokenize: Tokenize, *, bos: str, layouts: Sequ
     return segments + ([TextSegment(tuple(tokens))] if tokens else [])
 
 
+def prompt_tokens(segments: Sequence[TextSegment | PlannedImage | ImageSegment]) -> list[int]:
+    """The token ids of a prompt in order, with one -1 for each run of picture rows."""
+    ids: list[int] = []
+    for segment in segments:
+        ids += segment.tokens if isinstance(segment, TextSegment) else (-1,)
+    return ids
+
+
 def splice(segments: Plan, embeds: Sequence[NDArray[np.float32]]) -> list[Segment]:
     """Put the encoded pictures into their places.
 

@@ -32,6 +32,13 @@ def ask(
         float, typer.Option("--top-p", metavar="X", help="Draw from the likeliest tokens that sum up to X.")
     ] = 1.0,
     top_k: Annotated[int, typer.Option("--top-k", metavar="N", help="Draw from the N likeliest tokens; 0 is all.")] = 0,
+    min_p: Annotated[
+        float,
+        typer.Option("--min-p", metavar="X", help="Draw from tokens X times as likely as the likeliest, or more."),
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option("--repetition-penalty", metavar="X", help="Above 1, words that were said are less likely.")
+    ] = 1.0,
     seed: Annotated[
         int | None, typer.Option("--seed", metavar="N", help="Repeat a draw: same seed, same answer.")
     ] = None,
@@ -71,6 +78,8 @@ def ask(
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
             seed=seed,
             stop=tuple(stop or ()),
         )
