@@ -90,6 +90,9 @@ class Answer:
 
     `logprobs`, if they were asked for, has an entry for each token that was drawn, the one that ended the answer
     included.
+
+    `dropped_turns` counts the oldest turns of a conversation that the model did not see any more, because its context
+    is full and the caller allowed it. `warnings` says in words what did not work without touching the answer.
     """
 
     text: str
@@ -99,17 +102,25 @@ class Answer:
     timings: Timings
     peak_rss_bytes: int
     logprobs: tuple[TokenLogprob, ...] | None = None
+    dropped_turns: int = 0
+    warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The object that `edgevlm ask --json` prints; seconds are rounded to the microsecond."""
-        document: dict[str, Any] = {
+        """The object that `edgevlm ask --json` prints; seconds are rounded to the microsecond.
+
+        `logprobs`, `dropped_turns` and `warnings` are in it if there are any.
+        """
+        rare = {
+            "logprobs": [entry.to_json() for entry in self.logprobs or ()],
+            "dropped_turns": self.dropped_turns,
+            "warnings": list(self.warnings),
+        }
+        return {
             "text": self.text,
             "finish_reason": self.finish_reason,
             "model": self.model,
             "usage": asdict(self.usage),
             "timings": {name: round(seconds, 6) for name, seconds in asdict(self.timings).items()},
             "memory": {"peak_rss_bytes": self.peak_rss_bytes},
+            **{name: value for name, value in rare.items() if value},
         }
-        if self.logprobs is not None:
-            document["logprobs"] = [entry.to_json() for entry in self.logprobs]
-        return document

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from edgevlm.answer import Alternative, FinishReason, TokenLogprob
 from edgevlm.decoder import Decoder
@@ -22,7 +22,6 @@ class Generation:
     Args:
         decoder: Holds the prompt.
         options: How to draw, and where to end.
-        prompt: The prompt's tokens, for the repetition penalty; pictures have none.
 
     Attributes:
         tokens: The ids drawn so far, an end token included.
@@ -32,7 +31,7 @@ class Generation:
         logprobs: One entry for each token drawn, if the options ask for them.
     """
 
-    def __init__(self, decoder: Decoder, options: GenerateOptions, prompt: Sequence[int] = ()) -> None:
+    def __init__(self, decoder: Decoder, options: GenerateOptions) -> None:
         self.tokens: list[int] = []
         self.finish_reason: FinishReason = "length"
         self.first_token_at = time.perf_counter()
@@ -41,7 +40,7 @@ class Generation:
         self._decoder = decoder
         self._epoch = decoder.epoch
         self._options = options
-        self._sampler = Sampler(options, prompt)
+        self._sampler = Sampler(options, (place for place in decoder.held if isinstance(place, int)))
 
     @property
     def tokens_per_s(self) -> float:

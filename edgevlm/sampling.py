@@ -47,13 +47,13 @@ class Sampler:
 
     Args:
         options: How to draw.
-        seen: Tokens of the prompt, which the penalty counts; negative ones are none.
+        seen: Tokens of the prompt, which the penalty counts.
     """
 
     def __init__(self, options: GenerateOptions, seen: Iterable[int] = ()) -> None:
         self._options = options
         self._random: np.random.Generator | None = None
-        self._seen = {token for token in seen if token >= 0} if options.repetition_penalty != 1 else set()
+        self._seen = set(seen) if options.repetition_penalty != 1 else set()
         self._seen_ids: NDArray[np.int64] | None = None
 
     def saw(self, token: int) -> None:

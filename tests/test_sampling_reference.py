@@ -81,7 +81,7 @@ def test_greedy_with_penalty_draws_what_transformers_draws(real: tuple[list[int]
 
 def test_the_penalty_counts_what_the_answer_holds() -> None:
     logits_V = np.array([2.0, 1.9, 1.8], np.float32)
-    sampler = Sampler(GenerateOptions(repetition_penalty=2.0), [-1, 0])
+    sampler = Sampler(GenerateOptions(repetition_penalty=2.0), [0])
     assert sampler.sample(logits_V) == 1
     sampler.saw(1)
     assert sampler.sample(logits_V) == 2
