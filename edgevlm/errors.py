@@ -2,6 +2,7 @@
 
     EdgeVLMError
     ├── UsageError                    the call itself is wrong
+    ├── SchemaError                   a JSON schema is not one, or asks for what we cannot compile
     ├── FileError                     a path is missing, unreadable or not a regular file
     ├── StorageError                  the disk refused (full, read-only, failed fsync)
     ├── ImageError                    a picture cannot be used
@@ -30,6 +31,8 @@ from typing import Any
 #: Every code that may be raised, with the sentence that documents it.
 CODES: dict[str, str] = {
     "usage.invalid": "an argument is outside its range or contradicts another",
+    "schema.invalid": "the schema is not a JSON schema, or nothing satisfies it",
+    "schema.unsupported": "the schema uses a keyword that is not understood, or is too large",
     "file.not_found": "the path does not exist",
     "file.not_regular": "the path is a folder, a pipe or a device where a file is needed",
     "file.unreadable": "the operating system refused to read the file",
@@ -106,6 +109,21 @@ class UsageError(EdgeVLMError):
 
     def __init__(self, message: str, *, code: str = "usage.invalid") -> None:
         super().__init__(message, code=code)
+
+
+class SchemaError(EdgeVLMError):
+    """A JSON schema is not one, or asks for what we cannot compile.
+
+    Args:
+        pointer: Where in the schema, as a JSON pointer (RFC 6901).
+    """
+
+    exit_code = 2
+    http_status = 400
+
+    def __init__(self, message: str, *, code: str, pointer: str) -> None:
+        super().__init__(message, code=code)
+        self.pointer = pointer
 
 
 class FileError(EdgeVLMError):
