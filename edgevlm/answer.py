@@ -92,7 +92,8 @@ class Answer:
     included.
 
     `dropped_turns` counts the oldest turns of a conversation that the model did not see any more, because its context
-    is full and the caller allowed it. `warnings` says in words what did not work without touching the answer.
+    is full and the caller allowed it. `choices` has the probability of each, if the answer was chosen among them.
+    `warnings` says in words what did not work without touching the answer.
     """
 
     text: str
@@ -103,15 +104,17 @@ class Answer:
     peak_rss_bytes: int
     logprobs: tuple[TokenLogprob, ...] | None = None
     dropped_turns: int = 0
+    choices: dict[str, float] | None = None
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The object that `edgevlm ask --json` prints; seconds are rounded to the microsecond.
 
-        `logprobs`, `dropped_turns` and `warnings` are in it if there are any.
+        `logprobs`, `choices`, `dropped_turns` and `warnings` are in it if there are any.
         """
         rare = {
             "logprobs": [entry.to_json() for entry in self.logprobs or ()],
+            "choices": self.choices,
             "dropped_turns": self.dropped_turns,
             "warnings": list(self.warnings),
         }

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from edgevlm.automaton import LEVELS, State
 from edgevlm.errors import SchemaError
-from edgevlm.grammar import LARGEST, LEVELS, State
+from edgevlm.scalars import LARGEST
 from edgevlm.schema import Format
 
 Schema = dict[str, Any]
