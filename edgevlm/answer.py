@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "cancelled"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,13 +16,15 @@ class Usage:
     """Positions of the context.
 
     `prompt_tokens` counts everything that was fed, `image_tokens` the part that pictures took, `cached_tokens` the
-    part that was still in the context, `completion_tokens` every token drawn, the one that ended the answer included.
+    part that was still in the context, `completion_tokens` every token of the answer, the one that ended it included,
+    `forced_tokens` those of them that a schema left no choice about.
     """
 
     prompt_tokens: int
     image_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    forced_tokens: int = 0
 
 
 @dataclass(kw_only=True)
@@ -86,8 +88,10 @@ class TokenLogprob(Alternative):
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A finished answer. `finish_reason` is `length` if `max_tokens` or a full context cut it, else `stop`.
+    """A finished answer. `finish_reason` is `length` if `max_tokens` or a full context cut it, `cancelled` if the
+    caller did, else `stop`.
 
+    `data` is the document that a schema asked for, parsed; None without a schema, and if the answer was cut.
     `logprobs`, if they were asked for, has an entry for each token that was drawn, the one that ended the answer
     included.
 
@@ -102,6 +106,7 @@ class Answer:
     usage: Usage
     timings: Timings
     peak_rss_bytes: int
+    data: Any = None
     logprobs: tuple[TokenLogprob, ...] | None = None
     dropped_turns: int = 0
     choices: dict[str, float] | None = None
@@ -110,7 +115,7 @@ class Answer:
     def to_json(self) -> dict[str, Any]:
         """The object that `edgevlm ask --json` prints; seconds are rounded to the microsecond.
 
-        `logprobs`, `choices`, `dropped_turns` and `warnings` are in it if there are any.
+        `data`, `logprobs`, `choices`, `dropped_turns` and `warnings` are in it if there are any.
         """
         rare = {
             "logprobs": [entry.to_json() for entry in self.logprobs or ()],
@@ -125,5 +130,6 @@ class Answer:
             "usage": asdict(self.usage),
             "timings": {name: round(seconds, 6) for name, seconds in asdict(self.timings).items()},
             "memory": {"peak_rss_bytes": self.peak_rss_bytes},
+            **({} if self.data is None else {"data": self.data}),
             **{name: value for name, value in rare.items() if value},
         }

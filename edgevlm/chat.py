@@ -58,7 +58,7 @@ class Chat:
         dropped = self._fit(asked) if self._drop_oldest else 0
         first, rest = asked[: self._n_system], asked[self._n_system :]
         inner = model._stream([*first, *rest[2 * dropped :]], options, dropped_turns=dropped)
-        return Stream(self._recorded(turn, inner))
+        return Stream(self._recorded(turn, inner), inner.cancelled)
 
     def reset(self) -> None:
         """Forget all turns; the system message stays."""

@@ -6,10 +6,15 @@ import functools
 import math
 import numbers
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from edgevlm.errors import UsageError
+from edgevlm.schema import Format
+
+#: Most tokens that are guessed ahead.
+MOST_LOOKUP = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +34,14 @@ class GenerateOptions:
         stop: Texts that end the answer; they are not part of it.
         logprobs: How many alternatives to report for each drawn token, 0 to 20, with the log-probabilities that the
             model itself computed: before penalty, temperature and any filter. None reports nothing.
+        schema: A JSON schema, as Python values or JSON text; the answer is a document that satisfies it. True asks for
+            any JSON document, None for free text. docs/generation.md says which keywords are understood.
+        lookup: How many tokens to guess ahead from what the prompt and the answer hold already, 0 to 8. It changes the
+            time that an answer takes, not the answer.
 
     Raises:
-        UsageError: a value is outside its range.
+        UsageError: a value is outside its range, or two exclude each other.
+        SchemaError: the schema cannot be compiled.
     """
 
     max_tokens: int | None = 256
@@ -43,6 +53,10 @@ class GenerateOptions:
     seed: int | None = None
     stop: Sequence[str] = ()
     logprobs: int | None = None
+    schema: Mapping[str, Any] | str | bool | None = None
+    lookup: int = 0
+    #: The schema, compiled.
+    format: Format | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         put = functools.partial(object.__setattr__, self)  # frozen for everybody else
@@ -62,6 +76,10 @@ class GenerateOptions:
         _check(isinstance(stops, Sequence) and not isinstance(stops, (str, bytes)), "stop", "a list of texts", stops)
         _check(all(isinstance(stop, str) and stop for stop in stops), "stop", "a list of texts, none empty", stops)
         put("stop", tuple(stops))
+        put("lookup", _whole("lookup", self.lookup, 0, MOST_LOOKUP))
+        if self.schema is not None:
+            _check(not stops, "stop", "empty beside schema, which says itself where the answer ends", stops)
+            put("format", Format(self.schema))
 
 
 def _whole(name: str, value: object, low: int, high: int) -> int:

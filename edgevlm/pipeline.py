@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,6 +44,9 @@ class _Prompt:
     n_image_rows: int
     cached: int
     state: tuple[list[Position], bytes] | None
+
+
+_CUT = "the answer was cut before its JSON was whole; allow more tokens or a larger context"
 
 
 class Model:
@@ -204,14 +209,15 @@ class Model:
             checked = GenerateOptions(**options)
         except TypeError as error:
             raise UsageError(str(error).replace("GenerateOptions.__init__()", "ask()")) from None
-        return Stream(self._run(messages, checked, dropped_turns))
+        cancelled = threading.Event()
+        return Stream(self._run(messages, checked, dropped_turns, cancelled), cancelled)
 
     def _run(
-        self, messages: list[Message], options: GenerateOptions, dropped_turns: int
+        self, messages: list[Message], options: GenerateOptions, dropped_turns: int, cancelled: threading.Event
     ) -> Generator[str, None, Answer]:
         started = time.perf_counter()
         prompt = self._read(messages)
-        generation = Generation(self._decoder, options)
+        generation = Generation(self._decoder, options, cancelled)
         pieces = []
         for piece in generation:
             pieces.append(piece)
@@ -220,17 +226,29 @@ class Model:
         timings.first_token_s = generation.first_token_at - started
         timings.generate_s = generation.seconds
         timings.tokens_per_s = generation.tokens_per_s
+        text, reason = "".join(pieces), generation.finish_reason
         return self._answer(
             prompt,
-            "".join(pieces),
-            generation.finish_reason,
+            text,
+            reason,
             completion_tokens=len(generation.tokens),
+            forced_tokens=generation.forced,
+            data=json.loads(text) if options.format and reason == "stop" else None,
             dropped_turns=dropped_turns,
+            warnings=(_CUT,) if options.format and reason != "stop" else (),
             logprobs=None if options.logprobs is None else tuple(generation.logprobs),
         )
 
     def _answer(
-        self, prompt: _Prompt, text: str, reason: FinishReason, *, completion_tokens: int, **more: Any
+        self,
+        prompt: _Prompt,
+        text: str,
+        reason: FinishReason,
+        *,
+        completion_tokens: int,
+        forced_tokens: int = 0,
+        warnings: tuple[str, ...] = (),
+        **more: Any,
     ) -> Answer:
         if self._kept and self._identity and prompt.state:
             self._kept.put_state(self._identity, *prompt.state)
@@ -243,10 +261,11 @@ class Model:
                 image_tokens=prompt.n_image_rows,
                 completion_tokens=completion_tokens,
                 cached_tokens=prompt.cached,
+                forced_tokens=forced_tokens,
             ),
             timings=prompt.timings,
             peak_rss_bytes=peak_rss_bytes(),
-            warnings=self._kept.take_warnings() if self._kept else (),
+            warnings=(*warnings, *(self._kept.take_warnings() if self._kept else ())),
             **more,
         )
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 #: Candidates that top-p looks at before it sorts the whole vocabulary.
 _SHORT_LIST = 512
 #: Refused draws after which the rule is asked about the whole vocabulary at once.
-_FEW_REFUSALS = 16
+_FEW_REFUSALS = 64
 
 
 class Rule(Protocol):

@@ -28,7 +28,8 @@ BASE = {"errors", "files", "spec", "machine", "options", "answer", "progress", "
         "grammar", "keywords", "schema"}  # fmt: skip
 STAGES = {"_arrays", "_kernels", "bundle", "decoder", "describe", "encoder", "frames", "generate", "gguf", "gguf_llama",
           "image", "journal", "kernels", "layout", "llama", "preprocess", "prompt", "sampling", "splice", "storage",
-          "template", "tiling", "vocabulary", "vision", "kept", "blob", "messages", "choose", "stream"}  # fmt: skip
+          "template", "tiling", "vocabulary", "vision", "kept", "blob", "messages", "choose", "stream",
+          "constraint", "lookup"}  # fmt: skip
 CONVERTERS_MAY = {
     "errors", "files", "spec", "bundle", "storage", "llama", "encoder", "decoder", "families", "gguf", "journal",
     "image", "messages", "preprocess", "prompt",

@@ -104,7 +104,7 @@ def test_draws_under_a_rule_that_refuses_nearly_everything() -> None:
     rule = Only({2900, 2990}, 3000)
     sampler = Sampler(GenerateOptions(temperature=1.0, seed=1))
     drawn = [sampler.sample(logits_V, rule) for _ in range(500)]
-    assert rule.asked < 500 * 20  # not one question for each token of the vocabulary
+    assert rule.asked < 500 * 70  # not one question for each token of the vocabulary
     weights = np.exp(logits_V[[2900, 2990]].astype(float))
     # 4 standard errors of a frequency near 0.5 at 500 draws
     assert drawn.count(2900) / 500 == pytest.approx(weights[0] / weights.sum(), abs=0.09)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgevlm.cli.output import inputs, print_result, write
+from edgevlm.cli.output import inputs, print_result, schema_text, write
 
 if TYPE_CHECKING:
     from edgevlm.answer import Answer
@@ -46,6 +46,14 @@ def ask(
     stop: Annotated[
         list[str] | None, typer.Option("--stop", metavar="TEXT", help="End the answer before TEXT; may be repeated.")
     ] = None,
+    schema: Annotated[
+        Path | None,
+        typer.Option("--schema", metavar="FILE", help="Answer with JSON that satisfies this JSON schema."),
+    ] = None,
+    lookup: Annotated[
+        int,
+        typer.Option("--lookup", metavar="N", help="Guess N tokens ahead from the prompt: same answer, other speed."),
+    ] = 0,
     context: Annotated[
         int | None,
         typer.Option("--context", metavar="N", help="Positions for prompt and answer. [default: up to 4096]"),
@@ -103,6 +111,8 @@ def ask(
             repetition_penalty=repetition_penalty,
             seed=seed,
             stop=tuple(stop or ()),
+            schema=schema_text(schema),
+            lookup=lookup,
         )
         for piece in stream:
             if not json_output:
