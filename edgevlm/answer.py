@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-FinishReason = Literal["stop", "length", "cancelled"]
+from edgevlm.tools import ToolCall
+
+FinishReason = Literal["stop", "length", "cancelled", "tool_calls"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +91,7 @@ class TokenLogprob(Alternative):
 @dataclass(frozen=True, kw_only=True)
 class Answer:
     """A finished answer. `finish_reason` is `length` if `max_tokens` or a full context cut it, `cancelled` if the
-    caller did, else `stop`.
+    caller did, `tool_calls` if it consists of these, else `stop`. `text` is what the model wrote in any case.
 
     `data` is the document that a schema asked for, parsed; None without a schema, and if the answer was cut.
     `logprobs`, if they were asked for, has an entry for each token that was drawn, the one that ended the answer
@@ -107,6 +109,7 @@ class Answer:
     timings: Timings
     peak_rss_bytes: int
     data: Any = None
+    tool_calls: tuple[ToolCall, ...] = ()
     logprobs: tuple[TokenLogprob, ...] | None = None
     dropped_turns: int = 0
     choices: dict[str, float] | None = None
@@ -115,9 +118,10 @@ class Answer:
     def to_json(self) -> dict[str, Any]:
         """The object that `edgevlm ask --json` prints; seconds are rounded to the microsecond.
 
-        `data`, `logprobs`, `choices`, `dropped_turns` and `warnings` are in it if there are any.
+        `data`, `tool_calls`, `logprobs`, `choices`, `dropped_turns` and `warnings` are in it if there are any.
         """
         rare = {
+            "tool_calls": [call.to_json() for call in self.tool_calls],
             "logprobs": [entry.to_json() for entry in self.logprobs or ()],
             "choices": self.choices,
             "dropped_turns": self.dropped_turns,

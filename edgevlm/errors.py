@@ -63,6 +63,7 @@ CODES: dict[str, str] = {
     "imatrix.mismatch": "the importance matrix belongs to another model",
     "fidelity.exceeded": "the converted model differs too much from its checkpoint",
     "capability.no_vision": "a picture was given to a text-only model",
+    "capability.no_tools": "the model's chat template has no place for tools",
     "capability.no_template": "the model carries no chat template that can be used",
     "context.too_small": "the prompt needs more positions than the context has",
     "kernels.unknown_target": "no SIMD target has that name",

@@ -12,6 +12,7 @@ from typing import Any
 
 from edgevlm.errors import UsageError
 from edgevlm.schema import Format
+from edgevlm.tools import check_tools
 
 #: Most tokens that are guessed ahead.
 MOST_LOOKUP = 8
@@ -38,6 +39,8 @@ class GenerateOptions:
             any JSON document, None for free text. docs/generation.md says which keywords are understood.
         lookup: How many tokens to guess ahead from what the prompt and the answer hold already, 0 to 8. It changes the
             time that an answer takes, not the answer.
+        tools: What the model may ask to be called, as `{"type": "function", "function": {"name", "description",
+            "parameters"}}`; `Answer.tool_calls` has what it asks for.
 
     Raises:
         UsageError: a value is outside its range, or two exclude each other.
@@ -55,6 +58,7 @@ class GenerateOptions:
     logprobs: int | None = None
     schema: Mapping[str, Any] | str | bool | None = None
     lookup: int = 0
+    tools: Sequence[Mapping[str, Any]] = ()
     #: The schema, compiled.
     format: Format | None = field(default=None, init=False, repr=False, compare=False)
 
@@ -77,6 +81,7 @@ class GenerateOptions:
         _check(all(isinstance(stop, str) and stop for stop in stops), "stop", "a list of texts, none empty", stops)
         put("stop", tuple(stops))
         put("lookup", _whole("lookup", self.lookup, 0, MOST_LOOKUP))
+        put("tools", check_tools(self.tools) if self.tools else ())
         if self.schema is not None:
             _check(not stops, "stop", "empty beside schema, which says itself where the answer ends", stops)
             put("format", Format(self.schema))

@@ -25,6 +25,7 @@ from edgevlm.prompt import Message
 from edgevlm.spec import ModelSpec, PromptSpec
 from edgevlm.splice import Plan, PlannedImage, Position, plan, positions, skip, splice
 from edgevlm.stream import Stream
+from edgevlm.tools import parse_calls
 from edgevlm.vision import Picture, Vision, no_vision
 
 if TYPE_CHECKING:
@@ -216,7 +217,7 @@ class Model:
         self, messages: list[Message], options: GenerateOptions, dropped_turns: int, cancelled: threading.Event
     ) -> Generator[str, None, Answer]:
         started = time.perf_counter()
-        prompt = self._read(messages)
+        prompt = self._read(messages, options.tools)
         generation = Generation(self._decoder, options, cancelled)
         pieces = []
         for piece in generation:
@@ -227,13 +228,15 @@ class Model:
         timings.generate_s = generation.seconds
         timings.tokens_per_s = generation.tokens_per_s
         text, reason = "".join(pieces), generation.finish_reason
+        calls = parse_calls(text, options.tools) if options.tools and reason == "stop" else ()
         return self._answer(
             prompt,
             text,
-            reason,
+            "tool_calls" if calls else reason,
             completion_tokens=len(generation.tokens),
             forced_tokens=generation.forced,
             data=json.loads(text) if options.format and reason == "stop" else None,
+            tool_calls=calls,
             dropped_turns=dropped_turns,
             warnings=(_CUT,) if options.format and reason != "stop" else (),
             logprobs=None if options.logprobs is None else tuple(generation.logprobs),
@@ -281,12 +284,12 @@ class Model:
         best = max(checked, key=lambda choice: found[choice])
         return self._answer(prompt, best, "stop", completion_tokens=0, choices=found)
 
-    def _read(self, messages: list[Message]) -> _Prompt:
+    def _read(self, messages: list[Message], tools: Sequence[Mapping[str, Any]] = ()) -> _Prompt:
         """Everything up to the prompt's last logits."""
         timings = Timings(load_s=self.load_s)
         pictures = self._look(messages, timings)
         # Counted before anything is encoded: a prompt that does not fit costs next to nothing.
-        segments = self._plan(messages, [picture.layout for picture in pictures])
+        segments = self._plan(messages, [picture.layout for picture in pictures], tools)
         self._check_room(segments)
         cached, state = self._prefill(segments, pictures, timings)
         return _Prompt(timings, sum(map(len, segments)), _n_image_rows(segments), cached, state)
@@ -296,8 +299,10 @@ class Model:
         images = chat_messages.images_of(messages)
         return [image if isinstance(image, Picture) else self._eyes().look(image, timings) for image in images]
 
-    def _plan(self, messages: list[Message], layouts: Sequence[ImageLayout]) -> Plan:
-        pieces = prompts.render(messages, self._format)
+    def _plan(
+        self, messages: list[Message], layouts: Sequence[ImageLayout], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> Plan:
+        pieces = prompts.render(messages, self._format, tools)
         segments = plan(pieces, self._decoder.vocabulary.tokenize, bos=self._format.bos, layouts=layouts)
         if not segments:
             raise CapabilityError(

@@ -25,7 +25,7 @@ REFERENCES = {"torch", "transformers", "tokenizers", "safetensors"}
 
 #: Who may import whom inside edgevlm: one direction, from the front ends down to the contracts.
 BASE = {"errors", "files", "spec", "machine", "options", "answer", "progress", "text", "automaton", "scalars",
-        "grammar", "keywords", "schema"}  # fmt: skip
+        "grammar", "keywords", "schema", "tools"}  # fmt: skip
 STAGES = {"_arrays", "_kernels", "bundle", "decoder", "describe", "encoder", "frames", "generate", "gguf", "gguf_llama",
           "image", "journal", "kernels", "layout", "llama", "preprocess", "prompt", "sampling", "splice", "storage",
           "template", "tiling", "vocabulary", "vision", "kept", "blob", "messages", "choose", "stream",

@@ -103,11 +103,11 @@ def test_draws_under_a_rule_that_refuses_nearly_everything() -> None:
     logits_V = np.linspace(5, 0, 3000).astype(np.float32)
     rule = Only({2900, 2990}, 3000)
     sampler = Sampler(GenerateOptions(temperature=1.0, seed=1))
-    drawn = [sampler.sample(logits_V, rule) for _ in range(500)]
-    assert rule.asked < 500 * 70  # not one question for each token of the vocabulary
+    drawn = [sampler.sample(logits_V, rule) for _ in range(100)]
+    assert rule.asked < 100 * 70  # not one question for each token of the vocabulary
     weights = np.exp(logits_V[[2900, 2990]].astype(float))
-    # 4 standard errors of a frequency near 0.5 at 500 draws
-    assert drawn.count(2900) / 500 == pytest.approx(weights[0] / weights.sum(), abs=0.09)
+    # 4 standard errors of a frequency near 0.5 at 100 draws
+    assert drawn.count(2900) / 100 == pytest.approx(weights[0] / weights.sum(), abs=0.2)
     assert set(drawn) == {2900, 2990}
     # beyond the filters the likeliest allowed one is taken, which is what greedy takes
     assert Sampler(GenerateOptions(temperature=1.0, top_k=5, seed=1)).sample(logits_V, rule) == 2900

@@ -47,13 +47,9 @@ def ask(
         list[str] | None, typer.Option("--stop", metavar="TEXT", help="End the answer before TEXT; may be repeated.")
     ] = None,
     schema: Annotated[
-        Path | None,
-        typer.Option("--schema", metavar="FILE", help="Answer with JSON that satisfies this JSON schema."),
+        Path | None, typer.Option("--schema", metavar="FILE", help="Answer in JSON of this schema.")
     ] = None,
-    lookup: Annotated[
-        int,
-        typer.Option("--lookup", metavar="N", help="Guess N tokens ahead from the prompt: same answer, other speed."),
-    ] = 0,
+    lookup: Annotated[int, typer.Option("--lookup", metavar="N", help="Guess N tokens ahead, from the prompt.")] = 0,
     context: Annotated[
         int | None,
         typer.Option("--context", metavar="N", help="Positions for prompt and answer. [default: up to 4096]"),
