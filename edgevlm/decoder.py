@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from edgevlm.errors import BackendError, ContextError, UsageError
+from edgevlm.errors import BackendError, Cancelled, ContextError, UsageError
 from edgevlm.gguf import GGUFHeader, read_header
 from edgevlm.llama import clear_log, last_log, library
 from edgevlm.machine import check_threads, usable_cpus
@@ -84,6 +84,7 @@ class Decoder:
         self._close_context = _free_later(self, self._llama.llama_free, self._context)
         #: What the context holds: for each position the token's id, or which row of which picture.
         self.held: list[Position] = []
+        self.cancelled = threading.Event()  # set, it ends `prefill` before the next batch
         #: Held while native code works on the context.
         self._busy = threading.Lock()
         _decoders.add(self)
@@ -206,6 +207,7 @@ class Decoder:
         Raises:
             ContextError: they do not fit; nothing was decoded.
             BackendError: llama.cpp failed.
+            Cancelled: `cancelled` was set.
         """
         self.check_open()
         self._check_room(sum(map(len, segments)))
@@ -241,8 +243,7 @@ class Decoder:
         clear_log()
         with self._busy:
             read = self._llama.llama_state_seq_set_data(self._context, pointer, len(view), 0)
-            memory = self._llama.llama_get_memory(self._context)
-            last = self._llama.llama_memory_seq_pos_max(memory, 0)
+            last = self._llama.llama_memory_seq_pos_max(self._llama.llama_get_memory(self._context), 0)
         if read != len(view) or last != len(held) - 1:
             self.reset()
             return False
@@ -338,6 +339,8 @@ class Decoder:
                 logits=ctypes.cast(outputs, ctypes.POINTER(ctypes.c_int8)),
             )
             clear_log()
+            if self.cancelled.is_set():
+                raise Cancelled
             with self._busy:
                 self.check_open()
                 status = llama.llama_decode(self._context, batch)

@@ -202,6 +202,10 @@ class BackendError(EdgeVLMError):
     """llama.cpp or ONNX Runtime failed."""
 
 
+class Cancelled(Exception):
+    """The caller does not want the rest of an answer; it never leaves edgevlm."""
+
+
 def need(module: str, extra: str) -> ModuleType:
     """Import an optional package, or say how to install it.
 

@@ -15,7 +15,7 @@ from edgevlm import prompt as prompts
 from edgevlm.answer import Answer, FinishReason, Timings, Usage
 from edgevlm.choose import check_choices, probabilities
 from edgevlm.decoder import Decoder
-from edgevlm.errors import CapabilityError, ContextError, UsageError
+from edgevlm.errors import Cancelled, CapabilityError, ContextError, UsageError
 from edgevlm.generate import Generation
 from edgevlm.kept import Kept
 from edgevlm.layout import ImageLayout
@@ -217,7 +217,14 @@ class Model:
         self, messages: list[Message], options: GenerateOptions, dropped_turns: int, cancelled: threading.Event
     ) -> Generator[str, None, Answer]:
         started = time.perf_counter()
-        prompt = self._read(messages, options.tools)
+        self._decoder.cancelled = cancelled
+        try:
+            prompt = self._read(messages, options.tools)
+        except Cancelled:
+            read = _Prompt(Timings(load_s=self.load_s), self._decoder.n_past, 0, 0, None)
+            return self._answer(read, "", "cancelled", completion_tokens=0)
+        finally:
+            self._decoder.cancelled = threading.Event()
         generation = Generation(self._decoder, options, cancelled)
         pieces = []
         for piece in generation:

@@ -36,7 +36,8 @@ class Stream:
     def cancel(self) -> None:
         """End the answer before its next token, from any thread; the loop ends, and `answer` has what was said.
 
-        Its `finish_reason` is `cancelled`. A prompt that is being read is read to its end first.
+        Its `finish_reason` is `cancelled`. A prompt that is being read ends before its next batch, a picture after
+        it was encoded.
         """
         self.cancelled.set()
 

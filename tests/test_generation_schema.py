@@ -248,6 +248,20 @@ def test_cancelling_from_another_thread_ends_within_a_token(smol: Model) -> None
     assert smol._decoder.n_past - n_then[0] <= 1  # the token that was being decoded
 
 
+def test_cancelling_while_the_prompt_is_read(smol: Model) -> None:
+    smol._decoder.reset()
+    stream = smol.stream("word " * 400, max_tokens=5)
+    timer = threading.Timer(0.05, stream.cancel)
+    timer.start()
+    answer = stream.finish()
+    timer.join()
+    assert (answer.text, answer.finish_reason, answer.usage.completion_tokens) == ("", "cancelled", 0)
+    assert answer.usage.prompt_tokens == smol._decoder.n_past < 400
+    after = smol.ask("word " * 20, max_tokens=2)
+    smol._decoder.reset()
+    assert after.text == smol.ask("word " * 20, max_tokens=2).text
+
+
 def test_a_model_goes_on_after_answers_that_were_left(panel: Model) -> None:
     whole = panel.ask(QUESTION, max_tokens=20).text
     for way in ("leave", "close", "cancel", "before"):
