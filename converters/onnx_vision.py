@@ -63,6 +63,7 @@ def build_encoder(
     *,
     treatments: Mapping[str, Treatment] | None = None,
     probes: dict[str, Sample] | None = None,
+    graph: Graph | None = None,
 ) -> None:
     """Write `path` and `path` + `.data`: pixels_TCHW -> embeds_TND.
 
@@ -72,27 +73,13 @@ def build_encoder(
         tower, connector: Their weights.
         quant: The form of the products in the blocks.
         treatments, probes: See `Products`.
+        graph: An empty one to use, such as a `MeasuredGraph`, which writes nothing; it is closed.
 
     Raises:
         StorageError: the disk is full or refuses.
         CheckpointError: a weight is not finite, or beyond float16's range for `fp16`.
     """
-    graph = Graph("encoder", path.with_name(path.name + ".data"))
-    build_graph(graph, path, vision, tower, connector, quant, treatments=treatments, probes=probes)
-
-
-def build_graph(
-    graph: Graph,
-    path: Path,
-    vision: ResolvedVision,
-    tower: Weights,
-    connector: Weights,
-    quant: EncoderQuant,
-    *,
-    treatments: Mapping[str, Treatment] | None = None,
-    probes: dict[str, Sample] | None = None,
-) -> None:
-    """The same with a graph that is given, and closed."""
+    graph = graph or Graph("encoder", path.with_name(path.name + ".data"))
     spec, image = vision.encoder, vision.image
     try:
         products = Products(

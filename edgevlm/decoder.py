@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import atexit
 import ctypes
-import itertools
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgevlm.errors import BackendError, Cancelled, ContextError, UsageError
 from edgevlm.gguf import GGUFHeader, read_header
+from edgevlm.held import ALONE_DIFFERS, N_TOKENS, batches, drawn, shared
 from edgevlm.llama import clear_log, last_log, library
 from edgevlm.machine import check_threads, usable_cpus
 from edgevlm.splice import ImageSegment, Position, Segment, TextSegment
@@ -28,11 +28,6 @@ if TYPE_CHECKING:
 
 #: Positions decoded in one call, and the size of llama.cpp's compute buffers.
 _N_BATCH = 512
-#: Tokens decoded in one call. llama.cpp's flash attention takes another kernel from 64 rows on, whose sums round
-#: differently (logits of SmolLM2-135M then differ by up to 1); below, each row gets the same bits in whatever batch it
-#: comes (docs/reuse.md). So an answer does not depend on what of its prompt was decoded before. A picture's rows come
-#: together or not at all, and need no such care.
-_N_TOKENS = 60
 #: Without `context`, this many positions are reserved (or as many as the model was trained for, if fewer).
 _DEFAULT_CONTEXT = 4096
 #: The most that can be asked for: llama.cpp rounds up to 256 in 32 bits and would wrap near 2^32.
@@ -78,8 +73,10 @@ class Decoder:
         self.vocabulary = Vocabulary(self._llama, self._model, self.header, self.check_open)
         self.n_vocab = self.vocabulary.n_vocab
         self.n_embd = self._llama.llama_model_n_embd_inp(self._model)
-        self.n_scored = min(scored, _N_BATCH if kv_type == "f32" else _N_TOKENS)
-        self._n_tokens = _N_TOKENS if kv_type == "f16" else _N_BATCH
+        #: Without flash attention batches of any size are alike, except for single rows.
+        self._exact = kv_type == "f32"
+        self._n_tokens = _N_BATCH if self._exact else N_TOKENS
+        self.n_scored = min(scored, self._n_tokens)
         self._context = self._new_context(threads, kv_type)
         self._close_context = _free_later(self, self._llama.llama_free, self._context)
         #: What the context holds: for each position the token's id, or which row of which picture.
@@ -175,13 +172,9 @@ class Decoder:
 
         Returns:
             How many of its first positions need not be decoded again: never all of them, because the last one's logits
-            are needed.
+            are needed; and not so many that one token is left of several.
         """
-        kept = 0
-        for held, wanted in zip(self.held, positions[:-1], strict=False):
-            if held != wanted:
-                break
-            kept += 1
+        kept = shared(self.held, positions)
         self.truncate(kept)
         self.epoch += 1
         return self.n_past
@@ -279,6 +272,13 @@ class Decoder:
             ContextError: the context is full.
         """
         self.prefill([TextSegment((token,))])
+        if self.alone_differs(self.n_past):
+            self.held[-1] = drawn(token)
+
+    def alone_differs(self, n_positions: int) -> bool:
+        """Whether the last of so many positions may have other bits decoded as a single row than in a batch."""
+        one_thread = self._llama.llama_n_threads(self._context) == 1
+        return self._exact or (n_positions > ALONE_DIFFERS and not one_thread)
 
     def logits(self) -> NDArray[np.float32]:
         """Logits of the last decoded position, float32 [n_vocab]: a view that lasts until the next decode or `close`.
@@ -329,7 +329,7 @@ class Decoder:
         The batch struct points into the caller's memory; positions continue from the context's last one.
         """
         llama, n_rows = self._llama, len(positions)
-        for start, count in _batches(n_rows, self._n_tokens if token else _N_BATCH):
+        for start, count in batches(n_rows, self._n_tokens if token else _N_BATCH):
             outputs = (ctypes.c_int8 * count)(*[of_each] * count)
             outputs[count - 1] = want_logits and start + count == n_rows
             batch = llama.llama_batch(
@@ -353,13 +353,6 @@ class Decoder:
                 )
             self.held.extend(positions[start : start + count])
         self._has_logits = want_logits
-
-
-def _batches(n_rows: int, limit: int) -> Iterator[tuple[int, int]]:
-    """(first row, rows) of batches of at most `limit`, of equal sizes up to one: no small one is left at the end."""
-    n_batches = -(-n_rows // limit)
-    edges = [n_rows * number // max(n_batches, 1) for number in range(n_batches + 1)]
-    return ((start, end - start) for start, end in itertools.pairwise(edges))
 
 
 def _context_size(header: GGUFHeader, context: int | None) -> int:

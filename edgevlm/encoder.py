@@ -79,7 +79,9 @@ class Encoder:
             values = self._session.run(None, {INPUT_NAME: tiles_TCHW})
         except Exception as error:  # as in `encode`
             raise BackendError(f"the encoder failed on {tiles_TCHW.shape}: {error}", code="backend.failed") from error
-        return dict(zip((output.name for output in self._session.get_outputs()), values, strict=True))
+        # Copies: the values lie in ONNX Runtime's arena, and a small one would keep all of it when the session is gone.
+        names = (output.name for output in self._session.get_outputs())
+        return {name: value.copy() for name, value in zip(names, values, strict=True)}
 
     def encode_each(self, tiles_TCHW: NDArray[np.float32]) -> NDArray[np.float32]:
         """Encode tiles one after the other; arguments, result and errors are those of `encode`.
@@ -108,6 +110,9 @@ def _open_session(path: Path, threads: int, repack: bool) -> Any:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1  # a vision tower is a chain
     options.log_severity_level = 4  # fatal only: failures become exceptions, which we translate
+    # As the graph is written. By default what only leads to an output comes last, and what it reads is kept until then:
+    # the inputs of all products, in the graph that a converter observes.
+    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     # Idle threads that spin would take the cores from the decoder, which runs next.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not repack:

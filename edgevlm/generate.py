@@ -109,7 +109,9 @@ class Generation:
         if guesses:
             rows = decoder.score((*pending, *guesses))[len(pending) - 1 :]  # type: ignore[assignment]
         else:
-            if pending:
+            if len(pending) == 1:
+                decoder.step(pending[0])
+            elif pending:
                 decoder.prefill([TextSegment(pending)])
             rows = [decoder.logits()]
         n_held = decoder.n_past - len(guesses)
@@ -133,7 +135,10 @@ class Generation:
         )
         if self._options.max_tokens is not None:
             room = min(room, self._options.max_tokens - len(self.tokens) - 1)
-        return self._lookup.guess(room) if room > 0 else ()
+        guesses = self._lookup.guess(room) if room > 0 else ()
+        # Without lookup these would be decoded alone: the answer is the same only where that makes no difference.
+        n_positions = self._decoder.n_past + len(self._pending) + len(guesses)
+        return () if guesses and self._decoder.alone_differs(n_positions) else guesses
 
     def _draw(self, logits_V: NDArray[np.float32]) -> int:
         token = self._sampler.sample(logits_V, self._constraint)
