@@ -30,8 +30,8 @@ BASE = {
 }  # fmt: skip
 STAGES = {
     "_arrays", "_kernels", "blob", "bundle", "choose", "constraint", "decoder", "describe", "encoder", "frames",
-    "generate", "gguf", "gguf_llama", "held", "image", "journal", "kept", "kernels", "layout", "llama", "lookup", "messages",
-    "preprocess", "prompt", "sampling", "splice", "storage", "stream", "template", "tiling", "vision", "vocabulary",
+    "generate", "gguf", "gguf_llama", "held", "image", "journal", "kept", "kernels", "layout", "llama", "lookup",
+    "messages", "preprocess", "prompt", "sampling", "splice", "storage", "stream", "template", "tiling", "vision", "vocabulary",
 }  # fmt: skip
 CONVERTERS_MAY = {
     "errors", "files", "spec", "bundle", "storage", "llama", "encoder", "decoder", "families", "gguf", "journal",
