@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from edgevlm.budget import Budget, parse_budget
 from edgevlm.bundle import BUILTIN, Bundle, open_bundle
 from edgevlm.decoder import Decoder, KVType
 from edgevlm.encoder import Encoder
@@ -18,7 +19,7 @@ from edgevlm.llama import cpu_features
 from edgevlm.machine import available_bytes, check_threads, cpu_name
 from edgevlm.options import MOST_LOOKUP
 from edgevlm.pipeline import Model
-from edgevlm.vision import Vision
+from edgevlm.vision import Vision, no_vision
 
 #: The memory cache of embeddings: a 32nd of what is available, between these.
 _CACHE_PART = 32
@@ -34,6 +35,7 @@ def load(
     threads: int | None = None,
     kv_type: KVType = "f16",
     state: str | os.PathLike[str] | None = None,
+    image_tokens: int | str = "full",
 ) -> Model:
     """Load a model.
 
@@ -44,6 +46,7 @@ def load(
         kv_type: Type of the key/value cache; `f32` is for comparisons with the reference.
         state: A folder in which pictures' embeddings and the decoder's state behind them are kept, for the next
             process; None keeps nothing on disk.
+        image_tokens: The most embeddings that a picture may take, `docs/image-tokens.md`; `full` takes all.
 
     Raises:
         EdgeVLMError: the model is missing, damaged, or not for this version.
@@ -54,13 +57,16 @@ def load(
             print(model.ask("What does the display read?", images=["panel.jpg"]).text)
     """
     check_threads(threads)
+    budget = parse_budget(image_tokens)
     started = time.perf_counter()
     path = BUILTIN if model is None else Path(model)
     # os.path answers False where Path would raise, for a NUL or a name too long; an empty name would mean this folder.
     if model == "" or not os.path.exists(path):
         raise FileError(f"there is no model `{model}`; give a bundle folder or a .gguf file", code="file.not_found")
     if os.path.isdir(path):
-        loaded = _load_bundle(path, context, threads, kv_type, state)
+        loaded = _load_bundle(path, context, threads, kv_type, state, budget)
+    elif budget:
+        raise no_vision(path.name)
     else:
         loaded = Model(path.name, Decoder(path, context=context, threads=threads, kv_type=kv_type, scored=_SCORED))
     loaded.load_s = time.perf_counter() - started
@@ -68,16 +74,23 @@ def load(
 
 
 def _load_bundle(
-    folder: Path, context: int | None, threads: int | None, kv_type: KVType, state: str | os.PathLike[str] | None
+    folder: Path,
+    context: int | None,
+    threads: int | None,
+    kv_type: KVType,
+    state: str | os.PathLike[str] | None,
+    budget: Budget | None,
 ) -> Model:
     bundle = open_bundle(folder)
     spec, vision, kept = bundle.spec, None, None
+    if budget and spec.encoder is None:
+        raise no_vision(spec.name)
     decoder = Decoder(bundle.path("decoder"), context=context, threads=threads, kv_type=kv_type, scored=_SCORED)
     _check_pair(folder, bundle, decoder)
     if spec.encoder is not None:
         open_encoder = functools.partial(Encoder, bundle.path("encoder"), spec.encoder, threads=threads)
         kept = Kept(state) if state else None
-        vision = Vision(bundle, open_encoder, cache_bytes=_cache_bytes(), kept=kept)
+        vision = Vision(bundle, open_encoder, cache_bytes=_cache_bytes(), kept=kept, budget=budget)
         if kept is None:
             vision.load()  # with a cache on disk it may not be needed
     return Model(spec.name, decoder, spec, vision, kept=kept, identity=_state_identity(bundle, decoder, kv_type))
