@@ -29,10 +29,10 @@ BASE = {
     "schema", "spec", "text", "tools",
 }  # fmt: skip
 STAGES = {
-    "_arrays", "_kernels", "blob", "budget", "bundle", "choose", "constraint", "decoder", "describe", "encoder", "frames",
-    "generate", "gguf", "gguf_llama", "held", "image", "journal", "kept", "kernels", "layout", "llama", "lookup",
-    "messages", "preprocess", "prompt", "sampling", "splice", "storage", "stream", "template", "tiling", "vision",
-    "vocabulary",
+    "_arrays", "_kernels", "blob", "budget", "bundle", "choose", "constraint", "decoder", "describe", "encoder",
+    "frames", "generate", "gguf", "gguf_llama", "held", "image", "journal", "kept", "kernels", "layout", "llama",
+    "lookup", "messages", "preprocess", "prompt", "sampling", "splice", "storage", "stream", "template", "tiling",
+    "vision", "vocabulary",
 }  # fmt: skip
 CONVERTERS_MAY = {
     "errors", "files", "spec", "bundle", "storage", "llama", "encoder", "decoder", "families", "gguf", "journal",

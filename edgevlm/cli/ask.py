@@ -40,9 +40,7 @@ def ask(
     repetition_penalty: Annotated[
         float, typer.Option("--repetition-penalty", metavar="X", help="Above 1, words that were said are less likely.")
     ] = 1.0,
-    seed: Annotated[
-        int | None, typer.Option("--seed", metavar="N", help="Repeat a draw: same seed, same answer.")
-    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Same seed, same answer.")] = None,
     stop: Annotated[
         list[str] | None, typer.Option("--stop", metavar="TEXT", help="End the answer before TEXT; may be repeated.")
     ] = None,
