@@ -17,12 +17,15 @@ from edgevlm.errors import BundleError, FileError
 from edgevlm.kept import Kept
 from edgevlm.llama import cpu_features
 from edgevlm.machine import available_bytes, check_threads, cpu_name
+from edgevlm.options import MOST_LOOKUP
 from edgevlm.pipeline import Model
 from edgevlm.vision import Vision, no_vision
 
 #: The memory cache of embeddings: a 32nd of what is available, between these.
 _CACHE_PART = 32
 _LEAST_CACHE_BYTES, _MOST_CACHE_BYTES = 16 << 20, 256 << 20
+#: Rows of logits at once: what lookup guesses, and one more. A vocabulary of 128k takes half a megabyte for each.
+_SCORED = MOST_LOOKUP + 1
 
 
 def load(
@@ -65,7 +68,7 @@ def load(
     elif budget:
         raise no_vision(path.name)
     else:
-        loaded = Model(path.name, Decoder(path, context=context, threads=threads, kv_type=kv_type))
+        loaded = Model(path.name, Decoder(path, context=context, threads=threads, kv_type=kv_type, scored=_SCORED))
     loaded.load_s = time.perf_counter() - started
     return loaded
 
@@ -82,7 +85,7 @@ def _load_bundle(
     spec, vision, kept = bundle.spec, None, None
     if budget and spec.encoder is None:
         raise no_vision(spec.name)
-    decoder = Decoder(bundle.path("decoder"), context=context, threads=threads, kv_type=kv_type)
+    decoder = Decoder(bundle.path("decoder"), context=context, threads=threads, kv_type=kv_type, scored=_SCORED)
     _check_pair(folder, bundle, decoder)
     if spec.encoder is not None:
         open_encoder = functools.partial(Encoder, bundle.path("encoder"), spec.encoder, threads=threads)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from edgevlm import prompt as prompts
 from edgevlm.answer import Answer, FinishReason, Timings, Usage
 from edgevlm.choose import check_choices, probabilities
 from edgevlm.decoder import Decoder
-from edgevlm.errors import CapabilityError, ContextError, UsageError
+from edgevlm.errors import Cancelled, CapabilityError, ContextError, UsageError
 from edgevlm.generate import Generation
 from edgevlm.kept import Kept
 from edgevlm.layout import ImageLayout
@@ -23,6 +25,7 @@ from edgevlm.prompt import Message
 from edgevlm.spec import ModelSpec, PromptSpec
 from edgevlm.splice import Plan, PlannedImage, Position, plan, positions, skip, splice
 from edgevlm.stream import Stream
+from edgevlm.tools import parse_calls
 from edgevlm.vision import Picture, Vision, no_vision
 
 if TYPE_CHECKING:
@@ -42,6 +45,9 @@ class _Prompt:
     n_image_rows: int
     cached: int
     state: tuple[list[Position], bytes] | None
+
+
+_CUT = "the answer was cut before its JSON was whole; allow more tokens or a larger context"
 
 
 class Model:
@@ -105,7 +111,7 @@ class Model:
             prompt: The question; or texts and pictures in any order: `["Compare", one, "with", other]`.
             images: Paths, encoded bytes, PIL images or uint8 arrays (HW or HWC); they come before the prompt.
             system: A system message.
-            options: Fields of `GenerateOptions`: `max_tokens`, `temperature`, `top_k`, `top_p`, `seed`, `stop`.
+            options: Fields of `GenerateOptions`: `max_tokens`, `temperature`, `stop` and so on.
 
         Raises:
             EdgeVLMError: one of the classes in `edgevlm.errors`.
@@ -204,14 +210,22 @@ class Model:
             checked = GenerateOptions(**options)
         except TypeError as error:
             raise UsageError(str(error).replace("GenerateOptions.__init__()", "ask()")) from None
-        return Stream(self._run(messages, checked, dropped_turns))
+        cancelled = threading.Event()
+        return Stream(self._run(messages, checked, dropped_turns, cancelled), cancelled)
 
     def _run(
-        self, messages: list[Message], options: GenerateOptions, dropped_turns: int
+        self, messages: list[Message], options: GenerateOptions, dropped_turns: int, cancelled: threading.Event
     ) -> Generator[str, None, Answer]:
         started = time.perf_counter()
-        prompt = self._read(messages)
-        generation = Generation(self._decoder, options)
+        self._decoder.cancelled = cancelled
+        try:
+            prompt = self._read(messages, options.tools)
+        except Cancelled:
+            read = _Prompt(Timings(load_s=self.load_s), self._decoder.n_past, 0, 0, None)
+            return self._answer(read, "", "cancelled", completion_tokens=0)
+        finally:
+            self._decoder.cancelled = threading.Event()
+        generation = Generation(self._decoder, options, cancelled)
         pieces = []
         for piece in generation:
             pieces.append(piece)
@@ -220,16 +234,31 @@ class Model:
         timings.first_token_s = generation.first_token_at - started
         timings.generate_s = generation.seconds
         timings.tokens_per_s = generation.tokens_per_s
+        text, reason = "".join(pieces), generation.finish_reason
+        calls = parse_calls(text, options.tools) if options.tools and reason == "stop" else ()
         return self._answer(
             prompt,
-            "".join(pieces),
-            generation.finish_reason,
+            text,
+            "tool_calls" if calls else reason,
             completion_tokens=len(generation.tokens),
+            forced_tokens=generation.forced,
+            data=json.loads(text) if options.format and reason == "stop" else None,
+            tool_calls=calls,
             dropped_turns=dropped_turns,
+            warnings=(_CUT,) if options.format and reason != "stop" else (),
+            logprobs=None if options.logprobs is None else tuple(generation.logprobs),
         )
 
     def _answer(
-        self, prompt: _Prompt, text: str, reason: FinishReason, *, completion_tokens: int, **more: Any
+        self,
+        prompt: _Prompt,
+        text: str,
+        reason: FinishReason,
+        *,
+        completion_tokens: int,
+        forced_tokens: int = 0,
+        warnings: tuple[str, ...] = (),
+        **more: Any,
     ) -> Answer:
         if self._kept and self._identity and prompt.state:
             self._kept.put_state(self._identity, *prompt.state)
@@ -242,10 +271,11 @@ class Model:
                 image_tokens=prompt.n_image_rows,
                 completion_tokens=completion_tokens,
                 cached_tokens=prompt.cached,
+                forced_tokens=forced_tokens,
             ),
             timings=prompt.timings,
             peak_rss_bytes=peak_rss_bytes(),
-            warnings=self._kept.take_warnings() if self._kept else (),
+            warnings=(*warnings, *(self._kept.take_warnings() if self._kept else ())),
             **more,
         )
 
@@ -261,12 +291,12 @@ class Model:
         best = max(checked, key=lambda choice: found[choice])
         return self._answer(prompt, best, "stop", completion_tokens=0, choices=found)
 
-    def _read(self, messages: list[Message]) -> _Prompt:
+    def _read(self, messages: list[Message], tools: Sequence[Mapping[str, Any]] = ()) -> _Prompt:
         """Everything up to the prompt's last logits."""
         timings = Timings(load_s=self.load_s)
         pictures = self._look(messages, timings)
         # Counted before anything is encoded: a prompt that does not fit costs next to nothing.
-        segments = self._plan(messages, [picture.layout for picture in pictures])
+        segments = self._plan(messages, [picture.layout for picture in pictures], tools)
         self._check_room(segments)
         cached, state = self._prefill(segments, pictures, timings)
         return _Prompt(timings, sum(map(len, segments)), _n_image_rows(segments), cached, state)
@@ -276,8 +306,10 @@ class Model:
         images = chat_messages.images_of(messages)
         return [image if isinstance(image, Picture) else self._eyes().look(image, timings) for image in images]
 
-    def _plan(self, messages: list[Message], layouts: Sequence[ImageLayout]) -> Plan:
-        pieces = prompts.render(messages, self._format)
+    def _plan(
+        self, messages: list[Message], layouts: Sequence[ImageLayout], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> Plan:
+        pieces = prompts.render(messages, self._format, tools)
         segments = plan(pieces, self._decoder.vocabulary.tokenize, bos=self._format.bos, layouts=layouts)
         if not segments:
             raise CapabilityError(

@@ -24,11 +24,15 @@ TIMED = {"PIL": {"edgevlm.image", "edgevlm.bench"}}
 REFERENCES = {"torch", "transformers", "tokenizers", "safetensors"}
 
 #: Who may import whom inside edgevlm: one direction, from the front ends down to the contracts.
-BASE = {"errors", "files", "spec", "machine", "options", "answer", "progress", "text"}
+BASE = {
+    "answer", "automaton", "errors", "files", "grammar", "keywords", "machine", "options", "progress", "scalars",
+    "schema", "spec", "text", "tools",
+}  # fmt: skip
 STAGES = {
-    "_arrays", "_kernels", "blob", "budget", "bundle", "choose", "decoder", "describe", "encoder", "frames", "generate",
-    "gguf", "gguf_llama", "held", "image", "journal", "kept", "kernels", "layout", "llama", "messages",
-    "preprocess", "prompt", "sampling", "splice", "storage", "stream", "template", "tiling", "vision", "vocabulary",
+    "_arrays", "_kernels", "blob", "budget", "bundle", "choose", "constraint", "decoder", "describe", "encoder",
+    "frames", "generate", "gguf", "gguf_llama", "held", "image", "journal", "kept", "kernels", "layout", "llama",
+    "lookup", "messages", "preprocess", "prompt", "sampling", "splice", "storage", "stream", "template", "tiling",
+    "vision", "vocabulary",
 }  # fmt: skip
 CONVERTERS_MAY = {
     "errors", "files", "spec", "bundle", "storage", "llama", "encoder", "decoder", "families", "gguf", "journal",
