@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, SupportsIndex
 
 from edgevlm.errors import UsageError
+from edgevlm.options import shown
 from edgevlm.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -56,9 +57,7 @@ def parse_budget(value: object) -> Budget | None:
         number = 0 if isinstance(value, bool) or not isinstance(value, SupportsIndex) else operator.index(value)
     if 1 <= number <= _MOST_TOKENS:
         return Budget(number)
-    # Python refuses to write out an int of thousands of digits
-    found = f"a number of {number.bit_length()} bits" if number.bit_length() > 99 else f"{value!r:.40}"
-    raise UsageError(f"image_tokens must be full or a whole number from 1 to {_MOST_TOKENS}, found {found}")
+    raise UsageError(f"image_tokens must be full or a whole number from 1 to {_MOST_TOKENS}, found {shown(value)}")
 
 
 def row_counts(n_tiles: int, spec: ModelSpec, budget: Budget | None) -> list[int]:

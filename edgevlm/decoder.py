@@ -19,6 +19,7 @@ from edgevlm.gguf import GGUFHeader, read_header
 from edgevlm.held import ALONE_DIFFERS, N_TOKENS, batches, drawn, shared
 from edgevlm.llama import clear_log, last_log, library
 from edgevlm.machine import check_threads, usable_cpus
+from edgevlm.options import shown
 from edgevlm.splice import ImageSegment, Position, Segment, TextSegment
 from edgevlm.vocabulary import Vocabulary
 
@@ -360,7 +361,9 @@ def _context_size(header: GGUFHeader, context: int | None) -> int:
     if context is None:
         return min(_DEFAULT_CONTEXT, trained)
     if type(context) is not int or not 1 <= context <= min(trained, _MAX_CONTEXT):
-        raise UsageError(f"context must be between 1 and {trained}, what the model was trained for; found {context!r}")
+        raise UsageError(
+            f"context must be between 1 and {trained}, what the model was trained for; found {shown(context)}"
+        )
     return context
 
 

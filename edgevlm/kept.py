@@ -37,7 +37,7 @@ class Kept:
     """
 
     def __init__(self, folder: str | os.PathLike[str], limit_bytes: int | None = None) -> None:
-        path = Path(folder)
+        path = Path(folder).expanduser()
         self.shelf = Shelf(path / "kept", _default_limit(path) if limit_bytes is None else limit_bytes)
         #: What went wrong since the last `take_warnings`.
         self._warnings: list[str] = []

@@ -103,9 +103,20 @@ def _number(name: str, value: object, low: float, high: float) -> float:
     return number
 
 
+def shown(value: object) -> str:
+    """A caller's value for a message: cut if it is long, and a number of more digits than Python prints by its size."""
+    if isinstance(value, int) and value.bit_length() > 99:
+        return f"a number of {value.bit_length()} bits"
+    try:
+        text = repr(value)
+    except Exception:  # whatever a stranger's object does when it is printed
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def _check(ok: bool, name: str, rule: str, found: object) -> None:
     if not ok:
-        raise UsageError(f"{name} must be {rule}, found {found!r}")
+        raise UsageError(f"{name} must be {rule}, found {shown(found)}")
 
 
 def pairs(options: list[str]) -> dict[str, str]:

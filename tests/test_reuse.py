@@ -132,7 +132,7 @@ def test_the_same_test_sees_a_context_that_is_taken_for_another(model, monkeypat
     second = model.ask(QUESTIONS[0], [picture(1)])
     assert first.text != second.text
     known = model._vision._known
-    monkeypatch.setattr(model._vision, "_known", lambda image_HWC: ("always this", known(image_HWC)[1]))
+    monkeypatch.setattr(model._vision, "_known", lambda image_HWC: ("always this", *known(image_HWC)[1:]))
     assert model.ask(QUESTIONS[0], [picture(0)]).text == model.ask(QUESTIONS[0], [picture(1)]).text
 
 
