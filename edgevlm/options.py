@@ -111,7 +111,7 @@ def shown(value: object) -> str:
         text = repr(value)
     except Exception:  # whatever a stranger's object does when it is printed
         text = f"<{type(value).__name__}>"
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _check(ok: bool, name: str, rule: str, found: object) -> None:
