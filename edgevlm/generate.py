@@ -55,7 +55,9 @@ class Generation:
         self._n_prompt = decoder.n_past
         self._options = options
         self._cancelled = cancelled or threading.Event()
-        self._sampler = Sampler(options, (place for place in decoder.held if isinstance(place, int)))
+        self._sampler = Sampler(
+            options, (place for place in decoder.held if isinstance(place, int)), decoder.vocabulary.banned
+        )
         prompt = (place if isinstance(place, int) else None for place in decoder.held)
         self._lookup = Lookup(prompt) if options.lookup else None
         self._constraint = Constraint(options.format, decoder.vocabulary) if options.format else None

@@ -81,6 +81,7 @@ class Model:
         self._vision = vision
         self._kept = kept
         self._identity = identity
+        decoder.vocabulary.ban(spec.prompt.placeholders() if spec else ())
         self._format = prompts.prompt_format(
             name, decoder.header, decoder.vocabulary.control_tokens, spec.prompt if spec else PromptSpec()
         )

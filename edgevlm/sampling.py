@@ -48,9 +48,13 @@ class Sampler:
     Args:
         options: How to draw.
         seen: Tokens of the prompt, which the penalty counts.
+        banned: Tokens that are never drawn.
     """
 
-    def __init__(self, options: GenerateOptions, seen: Iterable[int] = ()) -> None:
+    def __init__(self, options: GenerateOptions, seen: Iterable[int] = (), banned: Iterable[int] = ()) -> None:
+        import numpy as np
+
+        self._banned_ids = np.array(sorted(banned), np.int64)
         self._options = options
         self._random: np.random.Generator | None = None
         self._seen = set(seen) if options.repetition_penalty != 1 else set()
@@ -82,16 +86,18 @@ class Sampler:
             raise BackendError(
                 "the model computed numbers that are not finite; its file is damaged", code="backend.failed"
             )
-        if not self._seen:
-            return self._draw(logits_V, best, rule)
         if self._seen_ids is None:
             self._seen_ids = np.fromiter(self._seen, np.int64, len(self._seen))
-        raw = logits_V[self._seen_ids]
-        logits_V[self._seen_ids] = penalized(raw, self._options.repetition_penalty)
+        ids = np.concatenate([self._seen_ids, self._banned_ids])
+        if not len(ids):
+            return self._draw(logits_V, best, rule)
+        raw = logits_V[ids]
+        logits_V[self._seen_ids] = penalized(raw[: len(self._seen_ids)], self._options.repetition_penalty)
+        logits_V[self._banned_ids] = -np.inf
         try:
             return self._draw(logits_V, int(np.argmax(logits_V)), rule)
         finally:
-            logits_V[self._seen_ids] = raw
+            logits_V[ids] = raw
 
     def _draw(self, logits_V: NDArray[np.float32], best: int, rule: Rule | None) -> int:
         import numpy as np

@@ -136,6 +136,17 @@ class PromptSpec:
     tile_texts: TileTexts | None = None
     between_parts: str | None = _rare(None)
 
+    def placeholders(self) -> tuple[str, ...]:
+        """Texts that stand for pictures and their tiles in a prompt, and have no place in an answer."""
+        tiles = self.tile_texts
+        if tiles is None:
+            return (self.image_token,) if self.image_token else ()
+        # no model has more than 64 tiles in a row (`ImageSpec.most_tiles`), and those that have names have 6
+        places = [(row, column) for row in range(1, 7) for column in range(1, 7)]
+        named = [tiles.tile.replace("{row}", str(row)).replace("{column}", str(column)) for row, column in places]
+        rest = (tiles.grid_start, tiles.tile_end, tiles.row_end, tiles.grid_end, tiles.whole, tiles.end)
+        return tuple(dict.fromkeys(text for text in (self.image_token or "", *named, *rest) if text))
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from edgevlm.errors import UsageError
@@ -33,6 +33,8 @@ class Vocabulary:
         self._check_open = check_open
         self.n_vocab: int = llama.llama_vocab_n_tokens(self._vocab)
         self.control_tokens = self._control_tokens()
+        #: Tokens that no answer may hold; see `ban`.
+        self.banned: frozenset[int] = frozenset()
         self._end_tokens: list[int] | None = None
 
     def tokenize(self, text: str, add_bos: bool, parse_special: bool) -> list[int]:
@@ -98,6 +100,20 @@ class Vocabulary:
             if count >= 0:
                 return buffer.raw[:count]
             capacity = -count
+
+    def ban(self, texts: Iterable[str]) -> None:
+        """Never draw the control tokens of these texts, except those that end a turn.
+
+        A picture's place holders are in the vocabulary and mean nothing in an answer; they have no bytes, so one would
+        not be seen, but the model would see it from then on.
+        """
+        control = set(self.control_tokens)
+        ids = {token for text in texts for token in self.tokenize(text, False, True) if self._text(token) in control}
+        self.banned = frozenset(token for token in ids if not self.is_end(token))
+
+    def _text(self, token: int) -> str:
+        """What the file calls a token; of a control token its spelling."""
+        return str(self._header.metadata["tokenizer.ggml.tokens"][token])
 
     def end_tokens(self) -> list[int]:
         """All tokens for which `is_end` holds, in order."""

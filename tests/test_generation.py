@@ -54,3 +54,12 @@ def test_a_penalty_changes_the_answer_and_a_seed_repeats_it(model: Model) -> Non
     lively = {"max_tokens": 24, "temperature": 1.5, "min_p": 0.05, "seed": 7}
     assert model.ask(QUESTION, **lively).text == model.ask(QUESTION, **lively).text
     assert model.ask(QUESTION, **{**lively, "min_p": 1.0}).text == model.ask(QUESTION, max_tokens=24).text
+
+
+def test_no_answer_holds_the_place_of_a_picture() -> None:
+    with load() as model:
+        vocabulary = model._decoder.vocabulary
+        placeholder = vocabulary.tokenize("<image>", False, True)[0]
+        assert vocabulary.banned == {placeholder}
+        vocabulary.ban(["<image>", "plain words", "<|eot_id|>"])
+        assert vocabulary.banned == {placeholder}  # words may be said, and a turn may end

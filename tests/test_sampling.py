@@ -118,3 +118,13 @@ def test_a_rule_that_refuses_everything_is_an_error() -> None:
     for temperature in (0, 1):
         with pytest.raises(BackendError, match="vocabulary"):
             Sampler(GenerateOptions(temperature=temperature)).sample(LOGITS, Only(set(), 4))
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 1}, {"repetition_penalty": 1.5}])
+def test_a_banned_token_is_never_drawn_and_the_logits_are_left_alone(options) -> None:
+    logits_V = np.array([1.0, 9.0, 2.0, 8.0], np.float32)
+    before = logits_V.copy()
+    drawn = {Sampler(GenerateOptions(**options), seen=[1, 2], banned=[1, 3]).sample(logits_V) for _ in range(20)}
+    assert drawn <= {0, 2}
+    assert np.array_equal(logits_V, before)
+    assert Sampler(GenerateOptions()).sample(logits_V) == 1  # the twin
