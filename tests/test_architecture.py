@@ -26,8 +26,8 @@ REFERENCES = {"torch", "transformers", "tokenizers", "safetensors"}
 #: Who may import whom inside edgevlm: one direction, from the front ends down to the contracts.
 BASE = {"errors", "files", "spec", "machine", "options", "answer", "progress", "text"}
 STAGES = {"_arrays", "_kernels", "bundle", "decoder", "describe", "encoder", "frames", "generate", "gguf", "gguf_llama",
-          "image", "journal", "kernels", "layout", "llama", "preprocess", "prompt", "sampling", "splice", "storage",
-          "template", "tiling", "vocabulary"}  # fmt: skip
+          "image", "journal", "kernels", "layout", "llama", "preprocess", "prompt", "sampling", "splice",
+          "state_folder", "storage", "template", "tiling", "vocabulary"}  # fmt: skip
 CONVERTERS_MAY = {
     "errors", "files", "spec", "bundle", "storage", "llama", "encoder", "decoder", "families", "gguf", "journal",
     "image", "preprocess", "prompt",
