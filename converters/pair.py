@@ -23,7 +23,8 @@ from edgevlm.converters.tokens import CONTROL, USER_DEFINED
 from edgevlm.errors import CapabilityError, CheckpointError, UsageError
 from edgevlm.families.schema import Family
 from edgevlm.gguf import GGUFHeader, read_container, read_header
-from edgevlm.prompt import ImageSlot, PromptFormat, TextPiece, render, user_messages
+from edgevlm.messages import question
+from edgevlm.prompt import ImageSlot, PromptFormat, TextPiece, render
 from edgevlm.spec import DecoderSpec, ModelSpec, PromptSpec
 
 AS_THE_SOURCE = "as the source"
@@ -215,7 +216,7 @@ def _places_pictures(template: str, header: GGUFHeader, prompt: PromptSpec) -> b
     form = PromptFormat(template=template, bos=header.token("bos"), eos=header.token("eos"), control_tokens=(),
                         image_token=prompt.image_token)  # fmt: skip
     try:
-        pieces = render(user_messages("edgevlm", 1, None), form)
+        pieces = render(question("edgevlm", [None]), form)
     except CapabilityError:
         return False
     return any(isinstance(piece, ImageSlot) for piece in pieces) and any(

@@ -54,7 +54,11 @@ class Timings:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A finished answer. `finish_reason` is `length` if `max_tokens` or a full context cut it, else `stop`."""
+    """A finished answer. `finish_reason` is `length` if `max_tokens` or a full context cut it, else `stop`.
+
+    `dropped_turns` counts the oldest turns of a conversation that the model did not see any more, because its context
+    is full and the caller allowed it. `warnings` says in words what did not work without touching the answer.
+    """
 
     text: str
     finish_reason: FinishReason
@@ -62,9 +66,15 @@ class Answer:
     usage: Usage
     timings: Timings
     peak_rss_bytes: int
+    dropped_turns: int = 0
+    warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The object that `edgevlm ask --json` prints; seconds are rounded to the microsecond."""
+        """The object that `edgevlm ask --json` prints; seconds are rounded to the microsecond.
+
+        `dropped_turns` and `warnings` are in it if there are any.
+        """
+        rare = {"dropped_turns": self.dropped_turns, "warnings": list(self.warnings)}
         return {
             "text": self.text,
             "finish_reason": self.finish_reason,
@@ -72,4 +82,5 @@ class Answer:
             "usage": asdict(self.usage),
             "timings": {name: round(seconds, 6) for name, seconds in asdict(self.timings).items()},
             "memory": {"peak_rss_bytes": self.peak_rss_bytes},
+            **{name: value for name, value in rare.items() if value},
         }

@@ -11,13 +11,14 @@ import ctypes
 import os
 import threading
 import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgevlm.errors import BackendError, ContextError, UsageError
 from edgevlm.gguf import GGUFHeader, read_header
 from edgevlm.llama import clear_log, last_log, library
 from edgevlm.machine import check_threads, usable_cpus
-from edgevlm.splice import ImageSegment, Segment, TextSegment
+from edgevlm.splice import ImageSegment, Position, Segment, TextSegment
 from edgevlm.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -74,13 +75,19 @@ class Decoder:
         self._scored = scored
         self._context = self._new_context(threads, kv_type)
         self._close_context = _free_later(self, self._llama.llama_free, self._context)
-        self.n_past = 0
+        #: What the context holds: for each position the token's id, or which row of which picture.
+        self.held: list[Position] = []
         #: Held while native code works on the context.
         self._busy = threading.Lock()
         _decoders.add(self)
         #: Counts resets: whoever holds an older number is reading a context that is not theirs any more.
         self.epoch = 0
         self._has_logits = False
+
+    @property
+    def n_past(self) -> int:
+        """Positions that the context holds."""
+        return len(self.held)
 
     def close(self) -> None:
         """Free the native memory, after a decode that another thread may be in. Every later call raises; closing twice
@@ -131,21 +138,56 @@ class Decoder:
         self.check_open()
         # False: old cells are unreachable once their metadata is gone; clearing the data would touch all of it.
         self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), False)
-        self.n_past = 0
+        self.held.clear()
         self.epoch += 1
         self._has_logits = False
 
-    def check_room(self, n_positions: int, *, of_images: int = 0) -> None:
-        """Whether so many positions fit after what the context holds already; `of_images` only words the message.
+    def truncate(self, n_positions: int) -> None:
+        """Forget all but the first `n_positions`; more than the context holds changes nothing.
+
+        There are no logits to read until something is decoded.
+        """
+        self.check_open()
+        if n_positions >= self.n_past:
+            return
+        memory = self._llama.llama_get_memory(self._context)
+        with self._busy:
+            removed = n_positions > 0 and self._llama.llama_memory_seq_rm(memory, 0, n_positions, -1)
+        if not removed:
+            self.reset()
+            return
+        del self.held[n_positions:]
+        self._has_logits = False
+
+    def begin(self, positions: Sequence[Position]) -> int:
+        """Keep what the context holds of a new prompt, forget the rest: whoever used the context has lost it.
+
+        Args:
+            positions: The whole prompt (`splice.positions`).
+
+        Returns:
+            How many of its first positions need not be decoded again: never all of them, because the last one's logits
+            are needed.
+        """
+        kept = 0
+        for held, wanted in zip(self.held, positions[:-1], strict=False):
+            if held != wanted:
+                break
+            kept += 1
+        self.truncate(kept)
+        self.epoch += 1
+        return self.n_past
+
+    def _check_room(self, n_positions: int) -> None:
+        """Whether so many positions fit after what the context holds already.
 
         Raises:
             ContextError: they do not.
         """
         needed = self.n_past + n_positions
         if needed > self.n_context:
-            pictures = f", {of_images} of them pictures" if of_images else ""
             raise ContextError(
-                f"the prompt takes {needed} positions{pictures}; the context has {self.n_context}; "
+                f"the prompt takes {needed} positions; the context has {self.n_context}; "
                 "shorten it or ask for a larger context",
                 needed=needed,
                 available=self.n_context,
@@ -159,13 +201,46 @@ class Decoder:
             BackendError: llama.cpp failed.
         """
         self.check_open()
-        self.check_room(sum(map(len, segments)))
+        self._check_room(sum(map(len, segments)))
         last = len(segments) - 1
         for number, segment in enumerate(segments):
             if isinstance(segment, TextSegment):
                 self._decode_tokens(segment.tokens, want_logits=number == last)
             elif isinstance(segment, ImageSegment):
-                self._decode_rows(segment.rows_ND, want_logits=number == last)
+                self._decode_rows(segment, want_logits=number == last)
+
+    def state(self) -> bytes:
+        """What the context holds, as bytes that `restore` takes; there are no logits in it."""
+        self.check_open()
+        with self._busy:
+            size = self._llama.llama_state_seq_get_size(self._context, 0)
+            buffer = (ctypes.c_uint8 * size)()
+            written = self._llama.llama_state_seq_get_data(self._context, buffer, size, 0)
+        if written != size:
+            raise BackendError(f"llama.cpp gave {written} of {size} bytes of its state", code="backend.failed")
+        return bytes(buffer)
+
+    def restore(self, state: bytes | memoryview, held: Sequence[Position]) -> bool:
+        """Replace what the context holds by what `state` returned when it held these positions.
+
+        Returns:
+            Whether it worked; if not, the context is empty.
+        """
+        import numpy as np
+
+        self.reset()
+        view = np.frombuffer(state, np.uint8)
+        pointer = view.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        clear_log()
+        with self._busy:
+            read = self._llama.llama_state_seq_set_data(self._context, pointer, len(view), 0)
+            memory = self._llama.llama_get_memory(self._context)
+            last = self._llama.llama_memory_seq_pos_max(memory, 0)
+        if read != len(view) or last != len(held) - 1:
+            self.reset()
+            return False
+        self.held[:] = held
+        return True
 
     def score(self, tokens: tuple[int, ...]) -> NDArray[np.float32]:
         """Decode tokens after what the context holds already, and read the logits of each.
@@ -185,7 +260,7 @@ class Decoder:
         if not 1 <= len(tokens) <= min(self._scored, _N_BATCH):
             raise ValueError(f"{len(tokens)} tokens to score, between 1 and {min(self._scored, _N_BATCH)} fit")
         self.check_open()
-        self.check_room(len(tokens))
+        self._check_room(len(tokens))
         self._decode_tokens(tokens, want_logits=True, of_each=True)
         return np.ctypeslib.as_array(self._llama.llama_get_logits(self._context), shape=(len(tokens), self.n_vocab))
 
@@ -216,28 +291,36 @@ class Decoder:
             raise ValueError(f"a token id is outside the vocabulary of {self.n_vocab}")
         ids = (ctypes.c_int32 * len(tokens))(*tokens)
         stride = ctypes.sizeof(ctypes.c_int32)
-        self._decode(len(tokens), want_logits, of_each=of_each, token=ctypes.addressof(ids), stride=stride)
+        self._decode(tokens, want_logits, of_each=of_each, token=ctypes.addressof(ids), stride=stride)
 
-    def _decode_rows(self, rows_ND: NDArray[np.float32], *, want_logits: bool) -> None:
+    def _decode_rows(self, segment: ImageSegment, *, want_logits: bool) -> None:
         import numpy as np
 
-        rows_ND = np.ascontiguousarray(rows_ND, np.float32)
+        rows_ND = np.ascontiguousarray(segment.rows_ND, np.float32)
         if rows_ND.ndim != 2 or rows_ND.shape[1] != self.n_embd:
             raise BackendError(
                 f"the encoder gives rows of shape {rows_ND.shape[1:]}, the decoder takes {self.n_embd}; "
                 "encoder and decoder do not belong together",
                 code="backend.failed",
             )
-        self._decode(len(rows_ND), want_logits, embd=rows_ND.ctypes.data, stride=self.n_embd * rows_ND.itemsize)
+        stride = self.n_embd * rows_ND.itemsize
+        self._decode(segment.positions(), want_logits, embd=rows_ND.ctypes.data, stride=stride)
 
     def _decode(
-        self, n_rows: int, want_logits: bool, *, stride: int, token: int = 0, embd: int = 0, of_each: bool = False
+        self,
+        positions: Sequence[Position],
+        want_logits: bool,
+        *,
+        stride: int,
+        token: int = 0,
+        embd: int = 0,
+        of_each: bool = False,
     ) -> None:
         """Decode rows that lie `stride` bytes apart, tokens or embeddings, in batches that llama.cpp accepts.
 
         The batch struct points into the caller's memory; positions continue from the context's last one.
         """
-        llama = self._llama
+        llama, n_rows = self._llama, len(positions)
         for start in range(0, n_rows, _N_BATCH):
             count = min(_N_BATCH, n_rows - start)
             outputs = (ctypes.c_int8 * count)(*[of_each] * count)
@@ -259,7 +342,7 @@ class Decoder:
                     f"llama.cpp failed to decode {count} positions (status {status}): {last_log()}",
                     code="backend.failed",
                 )
-            self.n_past += count
+            self.held.extend(positions[start : start + count])
         self._has_logits = want_logits
 
 

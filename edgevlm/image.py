@@ -82,7 +82,9 @@ _REFUSED = (
 _warnings_lock = threading.Lock()
 
 
-def load_image(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> NDArray[np.uint8]:
+def load_image(
+    source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS, name: str = "the picture"
+) -> NDArray[np.uint8]:
     """Load a picture.
 
     EXIF orientation is applied, transparency is composited on white, of an animation the first frame is taken. Pixels
@@ -92,6 +94,7 @@ def load_image(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> 
         source: A path; the bytes of a JPEG, PNG or WebP file; a PIL image of any mode; or a uint8 array (H, W) or
             (H, W, C) with 1 (grey), 3 (RGB) or 4 (RGBA) channels.
         limits: What to refuse.
+        name: What messages call a picture that is not a path.
 
     Returns:
         `image_HWC`: uint8 RGB, (H, W, 3). It may be read-only, its pixels may be four bytes apart, as Pillow's decoder
@@ -110,20 +113,34 @@ def load_image(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> 
     import numpy as np
     from PIL import Image
 
-    if isinstance(source, (str, os.PathLike)):
-        name = f"`{os.fspath(source)}`"
-        return _decode(_read_file(source, name, limits), name, limits)
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return _decode(bytes(source), "the picture", limits)
+    if isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
+        return _decode(*read_image(source, limits=limits, name=name), limits)
     if isinstance(source, np.ndarray):
         return _from_array(source, limits)
     if isinstance(source, Image.Image):
-        _check_size(source.width, source.height, "the picture", limits)
-        with _decoder_errors("the picture"):
+        _check_size(source.width, source.height, name, limits)
+        with _decoder_errors(name):
             return _to_array(source)
     raise ImageError(
         f"a path, bytes, a PIL image or a uint8 array is needed, found {type(source).__name__}", code="image.array"
     )
+
+
+def read_image(
+    source: str | os.PathLike[str] | bytes | bytearray | memoryview,
+    *,
+    limits: ImageLimits = DEFAULT_LIMITS,
+    name: str = "the picture",
+) -> tuple[bytes, str]:
+    """The content of an encoded picture, and what messages call it: its path, if it has one, or else `name`.
+
+    Raises:
+        FileError, ImageError: as `load_image`, as far as reading goes.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        name = f"`{os.fspath(source)}`"
+        return _read_file(source, name, limits), name
+    return bytes(source), name
 
 
 def _read_file(path: str | os.PathLike[str], name: str, limits: ImageLimits) -> bytes:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 from edgevlm.bundle import BUILTIN, Bundle, open_bundle
 from edgevlm.decoder import Decoder, KVType
 from edgevlm.encoder import Encoder
 from edgevlm.errors import BundleError, FileError
-from edgevlm.machine import check_threads
+from edgevlm.kept import Kept
+from edgevlm.llama import cpu_features
+from edgevlm.machine import available_bytes, check_threads, cpu_name
 from edgevlm.pipeline import Model
+from edgevlm.vision import Vision
+
+#: The memory cache of embeddings: a 32nd of what is available, between these.
+_CACHE_PART = 32
+_LEAST_CACHE_BYTES, _MOST_CACHE_BYTES = 16 << 20, 256 << 20
 
 
 def load(
@@ -20,6 +30,7 @@ def load(
     context: int | None = None,
     threads: int | None = None,
     kv_type: KVType = "f16",
+    state: str | os.PathLike[str] | None = None,
 ) -> Model:
     """Load a model.
 
@@ -28,6 +39,8 @@ def load(
         context: Positions to reserve for prompt and answer; None takes up to 4096.
         threads: Threads for every stage; None takes every CPU that this process may use.
         kv_type: Type of the key/value cache; `f32` is for comparisons with the reference.
+        state: A folder in which pictures' embeddings and the decoder's state behind them are kept, for the next
+            process; None keeps nothing on disk.
 
     Raises:
         EdgeVLMError: the model is missing, damaged, or not for this version.
@@ -40,21 +53,47 @@ def load(
     check_threads(threads)
     started = time.perf_counter()
     path = BUILTIN if model is None else Path(model)
-    bundle = encoder = None
     # os.path answers False where Path would raise, for a NUL or a name too long; an empty name would mean this folder.
     if model == "" or not os.path.exists(path):
         raise FileError(f"there is no model `{model}`; give a bundle folder or a .gguf file", code="file.not_found")
     if os.path.isdir(path):
-        bundle = open_bundle(path)
-        decoder = Decoder(bundle.path("decoder"), context=context, threads=threads, kv_type=kv_type)
-        _check_pair(path, bundle, decoder)
-        if bundle.spec.encoder is not None:
-            encoder = Encoder(bundle.path("encoder"), bundle.spec.encoder, threads=threads)
+        loaded = _load_bundle(path, context, threads, kv_type, state)
     else:
-        decoder = Decoder(path, context=context, threads=threads, kv_type=kv_type)
-    loaded = Model(bundle.spec.name if bundle else path.name, decoder, bundle, encoder)
+        loaded = Model(path.name, Decoder(path, context=context, threads=threads, kv_type=kv_type))
     loaded.load_s = time.perf_counter() - started
     return loaded
+
+
+def _load_bundle(
+    folder: Path, context: int | None, threads: int | None, kv_type: KVType, state: str | os.PathLike[str] | None
+) -> Model:
+    bundle = open_bundle(folder)
+    spec, vision, kept = bundle.spec, None, None
+    decoder = Decoder(bundle.path("decoder"), context=context, threads=threads, kv_type=kv_type)
+    _check_pair(folder, bundle, decoder)
+    if spec.encoder is not None:
+        open_encoder = functools.partial(Encoder, bundle.path("encoder"), spec.encoder, threads=threads)
+        kept = Kept(state) if state else None
+        vision = Vision(bundle, open_encoder, cache_bytes=_cache_bytes(), kept=kept)
+        if kept is None:
+            vision.load()  # with a cache on disk it may not be needed
+    return Model(spec.name, decoder, spec, vision, kept=kept, identity=_state_identity(bundle, decoder, kv_type))
+
+
+def _cache_bytes() -> int:
+    """Memory for embeddings: a part of what is free, and enough for hundreds of pictures of a small model."""
+    return max(_LEAST_CACHE_BYTES, min(_MOST_CACHE_BYTES, available_bytes() // _CACHE_PART))
+
+
+def _state_identity(bundle: Bundle, decoder: Decoder, kv_type: KVType) -> dict[str, Any]:
+    """What a decoder's state belongs to: llama.cpp itself checks little of it (hostile-inputs, A13)."""
+    return {
+        "decoder": next(entry.sha256 for entry in bundle.manifest.files if entry.role == "decoder"),
+        "context": decoder.n_context,
+        "kv_type": kv_type,
+        "cpu": [cpu_name(), *sorted(cpu_features())],
+        "versions": {name: importlib.metadata.version(name) for name in ("edgevlm", "llama-cpp-python")},
+    }
 
 
 def _check_pair(path: Path, bundle: Bundle, decoder: Decoder) -> None:

@@ -52,6 +52,14 @@ def check_threads(threads: int | None) -> None:
         raise UsageError(f"threads must be between 1 and 1024, found {threads!r}")
 
 
+def available_bytes() -> int:
+    """Memory that programs may take without swapping, in bytes; where the system does not tell, half of all."""
+    try:
+        return int(Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0]) * 1024
+    except (OSError, ValueError, IndexError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
 def rss_bytes() -> int:
     """The resident set of this process now, in bytes; where the system does not tell, its largest so far."""
     try:

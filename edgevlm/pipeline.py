@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from edgevlm import messages as chat_messages
 from edgevlm import prompt as prompts
 from edgevlm.answer import Answer, Timings, Usage
-from edgevlm.bundle import Bundle
 from edgevlm.decoder import Decoder
-from edgevlm.encoder import Encoder
-from edgevlm.errors import CapabilityError, UsageError
+from edgevlm.errors import CapabilityError, ContextError, UsageError
 from edgevlm.generate import Generation
-from edgevlm.image import load_image
-from edgevlm.layout import ImageLayout, image_layout
+from edgevlm.kept import Kept
+from edgevlm.layout import ImageLayout
 from edgevlm.machine import peak_rss_bytes
 from edgevlm.options import GenerateOptions
-from edgevlm.preprocess import preprocess_batches
-from edgevlm.spec import ImageSpec, PromptSpec
-from edgevlm.splice import Plan, PlannedImage, plan, splice
+from edgevlm.prompt import Message
+from edgevlm.spec import ModelSpec, PromptSpec
+from edgevlm.splice import Plan, PlannedImage, Position, plan, positions, skip, splice
+from edgevlm.vision import Picture, Vision, no_vision
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from PIL.Image import Image
 
-    ImageSource = str | os.PathLike[str] | bytes | Image | NDArray[np.uint8]
+    from edgevlm.chat import Chat
+    from edgevlm.vision import ImageSource
 
 
 class Stream:
@@ -44,6 +43,17 @@ class Stream:
     def __iter__(self) -> Iterator[str]:
         return self
 
+    def finish(self) -> Answer:
+        """Draw what is left, and return the answer."""
+        for _ in self:
+            pass
+        assert self.answer is not None
+        return self.answer
+
+    def close(self) -> None:
+        """End the generation; `answer` stays None if it was not finished."""
+        self._pieces.close()
+
     def __next__(self) -> str:
         try:
             return next(self._pieces)
@@ -56,15 +66,34 @@ class Model:
     """A loaded model, made by `edgevlm.load()`. Use it as a context manager, or call `close()`.
 
     It answers one question at a time and must not be used from several threads at once.
+
+    Args:
+        name: What answers call it.
+        decoder: The language model.
+        spec: The bundle's spec; None for a plain GGUF file.
+        vision: The half that sees, or None.
+        kept: What lies on disk between processes, or None.
+        identity: What the decoder's state belongs to; None if it is not kept.
     """
 
-    def __init__(self, name: str, decoder: Decoder, bundle: Bundle | None, encoder: Encoder | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        decoder: Decoder,
+        spec: ModelSpec | None = None,
+        vision: Vision | None = None,
+        *,
+        kept: Kept | None = None,
+        identity: dict[str, Any] | None = None,
+    ) -> None:
         self.name = name
-        self.spec = bundle.spec if bundle else None
+        self.spec = spec
         self.load_s = 0.0
         self._decoder = decoder
-        self._encoder = encoder
-        self._format = _prompt_format(name, decoder, self.spec.prompt if self.spec else PromptSpec())
+        self._vision = vision
+        self._kept = kept
+        self._identity = identity
+        self._format = _prompt_format(name, decoder, spec.prompt if spec else PromptSpec())
 
     def __enter__(self) -> Self:
         return self
@@ -75,45 +104,60 @@ class Model:
     def close(self) -> None:
         """Free the model's memory. Closing twice is harmless."""
         self._decoder.close()
-        self._encoder = None
+        if self._vision:
+            self._vision.close()
 
     def ask(
-        self, prompt: str, images: Sequence[ImageSource] = (), *, system: str | None = None, **options: Any
+        self,
+        prompt: str | Sequence[Any],
+        images: Sequence[ImageSource] = (),
+        *,
+        system: str | None = None,
+        **options: Any,
     ) -> Answer:
         """Answer one question about any number of pictures.
 
         Args:
-            prompt: The question; pictures come before it.
-            images: Paths, encoded bytes, PIL images or uint8 arrays (HW or HWC), in order.
+            prompt: The question; or texts and pictures in any order: `["Compare", one, "with", other]`.
+            images: Paths, encoded bytes, PIL images or uint8 arrays (HW or HWC); they come before the prompt.
             system: A system message.
             options: Fields of `GenerateOptions`: `max_tokens`, `temperature`, `top_k`, `top_p`, `seed`, `stop`.
 
         Raises:
             EdgeVLMError: one of the classes in `edgevlm.errors`.
         """
-        stream = self.stream(prompt, images, system=system, **options)
-        for _ in stream:
-            pass
-        assert stream.answer is not None
-        return stream.answer
+        return self.stream(prompt, images, system=system, **options).finish()
 
     def stream(
-        self, prompt: str, images: Sequence[ImageSource] = (), *, system: str | None = None, **options: Any
+        self,
+        prompt: str | Sequence[Any],
+        images: Sequence[ImageSource] = (),
+        *,
+        system: str | None = None,
+        **options: Any,
     ) -> Stream:
         """As `ask`, but yields the answer's text piece by piece; arguments are checked before the first piece."""
         self._decoder.check_open()
-        for name, text in (("prompt", prompt), ("system", "" if system is None else system)):
-            if not isinstance(text, str):
-                raise UsageError(f"{name} must be a text, found {type(text).__name__}")
-        if not isinstance(images, (list, tuple)):
-            raise UsageError(f"images must be a list, found {type(images).__name__}; write images=[picture]")
-        if images:
-            self._vision()
-        try:
-            checked = GenerateOptions(**options)
-        except TypeError as error:
-            raise UsageError(str(error).replace("GenerateOptions.__init__()", "ask()")) from None
-        return Stream(self._run(prompt, images, system, checked))
+        return self._stream(chat_messages.question(prompt, images, system), options)
+
+    def reply(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Answer:
+        """Answer the last of several messages; `edgevlm.messages` describes their form, OpenAI's among others.
+
+        Raises:
+            EdgeVLMError: one of the classes in `edgevlm.errors`.
+        """
+        return self.stream_reply(messages, **options).finish()
+
+    def stream_reply(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Stream:
+        """As `reply`, but yields the answer's text piece by piece."""
+        self._decoder.check_open()
+        return self._stream(chat_messages.conversation(messages), options)
+
+    def chat(self, *, system: str | None = None, drop_oldest: bool = False) -> Chat:
+        """Begin a conversation that remembers its turns; see `edgevlm.chat.Chat`."""
+        from edgevlm.chat import Chat
+
+        return Chat(self, system=system, drop_oldest=drop_oldest)
 
     def preprocess(self, image: ImageSource) -> NDArray[np.float32] | list[NDArray[np.float32]]:
         """The tensor that the encoder would be fed: float32 [T, 3, height_px, width_px].
@@ -121,34 +165,45 @@ class Model:
         For a model that cuts pictures into slices of their own shape (`spec.image.policy` is `slices`) a list: the
         whole picture, and the slices if there are any, float32 [T, 3, H, W] each.
         """
-        spec, _ = self._vision()
-        batches = self._pixels(self._picture(image, Timings()), Timings())
-        return batches if spec.policy == "slices" else batches[0]
+        vision = self._eyes()
+        batches = vision.pixels(image)
+        return batches if vision.image_spec.policy == "slices" else batches[0]
 
     def embed_image(self, image: ImageSource) -> NDArray[np.float32]:
-        """What the decoder would be fed for a picture: float32 [n_tokens, n_embd]."""
-        self._vision()
-        return self._embed(self._picture(image, Timings()), Timings())
+        """What the decoder would be fed for a picture: float32 [n_tokens, n_embd], read-only."""
+        vision = self._eyes()
+        timings = Timings()
+        return vision.embed(vision.look(image, timings), timings)
 
     # ---- the stages
 
+    def _stream(self, messages: list[Message], options: dict[str, Any], *, dropped_turns: int = 0) -> Stream:
+        if chat_messages.images_of(messages):
+            self._eyes()
+        try:
+            checked = GenerateOptions(**options)
+        except TypeError as error:
+            raise UsageError(str(error).replace("GenerateOptions.__init__()", "ask()")) from None
+        return Stream(self._run(messages, checked, dropped_turns))
+
     def _run(
-        self, prompt: str, images: Sequence[ImageSource], system: str | None, options: GenerateOptions
+        self, messages: list[Message], options: GenerateOptions, dropped_turns: int
     ) -> Generator[str, None, Answer]:
         timings = Timings(load_s=self.load_s)
         started = time.perf_counter()
-        pictures = [self._picture(image, timings) for image in images]
+        pictures = self._look(messages, timings)
         # Counted before anything is encoded: a prompt that does not fit costs next to nothing.
-        segments = self._plan(prompt, [self._layout(image_HWC) for image_HWC in pictures], system)
-        embeds = [self._embed(image_HWC, timings) for image_HWC in pictures]
-        with timings.measure("prefill_s"):
-            self._decoder.prefill(splice(segments, embeds))
+        segments = self._plan(messages, [picture.layout for picture in pictures])
+        self._check_room(segments)
+        cached, state = self._prefill(segments, pictures, timings)
         usage_prompt = self._decoder.n_past
         generation = Generation(self._decoder, options)
         pieces = []
         for piece in generation:
             pieces.append(piece)
             yield piece
+        if state:
+            self._keep(*state)
         timings.first_token_s = generation.first_token_at - started
         timings.generate_s = generation.seconds
         timings.tokens_per_s = generation.tokens_per_s
@@ -158,56 +213,95 @@ class Model:
             model=self.name,
             usage=Usage(
                 prompt_tokens=usage_prompt,
-                image_tokens=sum(map(len, embeds)),
+                image_tokens=_n_image_rows(segments),
                 completion_tokens=len(generation.tokens),
+                cached_tokens=cached,
             ),
             timings=timings,
             peak_rss_bytes=peak_rss_bytes(),
+            dropped_turns=dropped_turns,
+            warnings=self._kept.take_warnings() if self._kept else (),
         )
 
-    def _plan(self, prompt: str, layouts: Sequence[ImageLayout], system: str | None) -> Plan:
-        messages = prompts.user_messages(prompt, len(layouts), system)
+    def _look(self, messages: list[Message], timings: Timings) -> list[Picture]:
+        """The messages' pictures; those of a conversation have been looked at."""
+        images = chat_messages.images_of(messages)
+        return [image if isinstance(image, Picture) else self._eyes().look(image, timings) for image in images]
+
+    def _plan(self, messages: list[Message], layouts: Sequence[ImageLayout]) -> Plan:
         pieces = prompts.render(messages, self._format)
         segments = plan(pieces, self._decoder.vocabulary.tokenize, bos=self._format.bos, layouts=layouts)
         if not segments:
             raise CapabilityError(
                 f"the chat template of {self.name} makes nothing of this prompt", code="capability.no_template"
             )
-        self._decoder.reset()
-        n_image_rows = sum(len(segment) for segment in segments if isinstance(segment, PlannedImage))
-        self._decoder.check_room(sum(map(len, segments)), of_images=n_image_rows)
         return segments
 
-    def _picture(self, image: ImageSource, timings: Timings) -> NDArray[np.uint8]:
-        with timings.measure("decode_image_s"):
-            return load_image(image)
-
-    def _layout(self, image_HWC: NDArray[np.uint8]) -> ImageLayout:
-        assert self.spec is not None
-        return image_layout(image_HWC.shape[0], image_HWC.shape[1], self.spec)
-
-    def _pixels(self, image_HWC: NDArray[np.uint8], timings: Timings) -> list[NDArray[np.float32]]:
-        spec, _ = self._vision()
-        with timings.measure("preprocess_s"):
-            return preprocess_batches(image_HWC, spec)
-
-    def _embed(self, image_HWC: NDArray[np.uint8], timings: Timings) -> NDArray[np.float32]:
-        import numpy as np
-
-        _, encoder = self._vision()
-        batches = self._pixels(image_HWC, timings)
-        with timings.measure("encode_s"):
-            embeds_TND = np.concatenate([encoder.encode_each(tiles_TCHW) for tiles_TCHW in batches])
-        return embeds_TND.reshape(-1, embeds_TND.shape[-1])
-
-    def _vision(self) -> tuple[ImageSpec, Encoder]:
-        self._decoder.check_open()
-        if self.spec is None or self.spec.image is None or self._encoder is None:
-            raise CapabilityError(
-                f"{self.name} is a text-only model and cannot see pictures; ask without them or choose a vision model",
-                code="capability.no_vision",
+    def _check_room(self, segments: Plan) -> None:
+        needed, available = sum(map(len, segments)), self._decoder.n_context
+        if needed > available:
+            of_images = _n_image_rows(segments)
+            pictures = f", {of_images} of them pictures" if of_images else ""
+            raise ContextError(
+                f"the prompt takes {needed} positions{pictures}; the context has {available}; "
+                "shorten it or ask for a larger context",
+                needed=needed,
+                available=available,
             )
-        return self.spec.image, self._encoder
+
+    def _prefill(
+        self, segments: Plan, pictures: Sequence[Picture], timings: Timings
+    ) -> tuple[int, tuple[list[Position], bytes] | None]:
+        """Decode what the context does not hold already.
+
+        Returns:
+            How many positions it held, and what to keep on disk: positions, and the decoder's state behind them.
+        """
+        wanted = positions(segments, [picture.key for picture in pictures])
+        cached = self._decoder.begin(wanted)
+        n_shared = _end_of_images(segments) if self._kept and self._identity else 0
+        if cached < n_shared and self._restore(wanted[:n_shared]):
+            cached = self._decoder.begin(wanted)
+        left = skip(segments, cached)
+        embeds = {
+            index: (pictures[index].key, self._eyes().embed(pictures[index], timings))
+            for index in {segment.index for segment in left if isinstance(segment, PlannedImage)}
+        }
+        state = None
+        with timings.measure("prefill_s"):
+            if cached < n_shared:
+                self._decoder.prefill(splice(left[: len(left) - len(skip(segments, n_shared))], embeds))
+                state = wanted[:n_shared], self._decoder.state()
+                left = skip(segments, n_shared)
+            self._decoder.prefill(splice(left, embeds))
+        return cached, state
+
+    def _restore(self, held: list[Position]) -> bool:
+        assert self._kept is not None
+        assert self._identity is not None
+        found = self._kept.state(self._identity, held)
+        return found is not None and self._decoder.restore(found, held)
+
+    def _keep(self, held: list[Position], state: bytes) -> None:
+        assert self._kept is not None
+        assert self._identity is not None
+        self._kept.put_state(self._identity, held, state)
+
+    def _eyes(self) -> Vision:
+        self._decoder.check_open()
+        if self._vision is None:
+            raise no_vision(self.name)
+        return self._vision
+
+
+def _n_image_rows(segments: Plan) -> int:
+    return sum(len(segment) for segment in segments if isinstance(segment, PlannedImage))
+
+
+def _end_of_images(segments: Plan) -> int:
+    """Positions up to the end of the last picture; what can be shared by all questions about these pictures."""
+    ends = [n + 1 for n, segment in enumerate(segments) if isinstance(segment, PlannedImage)]
+    return sum(map(len, segments[: ends[-1]])) if ends else 0
 
 
 def _prompt_format(name: str, decoder: Decoder, literals: PromptSpec) -> prompts.PromptFormat:

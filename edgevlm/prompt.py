@@ -56,15 +56,6 @@ class PromptFormat:
     between_parts: str | None = None
 
 
-def user_messages(prompt: str, n_images: int, system: str | None) -> list[Message]:
-    """One user turn, pictures first: everything that can be shared between questions stands before the question."""
-    messages: list[Message] = [{"role": "system", "content": system}] if system is not None else []
-    content: Any = prompt
-    if n_images:
-        content = [{"type": "image"}] * n_images + [{"type": "text", "text": prompt}]
-    return [*messages, {"role": "user", "content": content}]
-
-
 def render(messages: list[Message], form: PromptFormat) -> list[Piece]:
     """Render messages into pieces, in order.
 
@@ -152,7 +143,11 @@ class _Shield:
             return {**message, "content": self._hide(content)}
         return {
             **message,
-            "content": [{**p, "text": self._hide(p["text"])} if p["type"] == "text" else p for p in content],
+            # of a picture the template learns that it is there, and nothing else
+            "content": [
+                {"type": "text", "text": self._hide(part["text"])} if part["type"] == "text" else {"type": "image"}
+                for part in content
+            ],
         }
 
     def _hide(self, text: str) -> str:

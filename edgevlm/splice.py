@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from edgevlm.layout import ImageLayout
@@ -12,6 +13,10 @@ from edgevlm.prompt import ImageSlot, Piece, TextPiece
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+
+#: What one position of a context holds: a token's id, or (key of a picture's embeddings, row).
+Position = int | tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -23,15 +28,28 @@ class TextSegment:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def positions(self) -> tuple[int, ...]:
+        """What the context holds once this was decoded."""
+        return self.tokens
+
 
 @dataclass(frozen=True, eq=False)
 class ImageSegment:
-    """One picture as rows of the decoder's input, float32 [n_rows, n_embd]; each row takes one position."""
+    """Rows [start, start + n) of a picture, as the decoder's input, float32 [n, n_embd]; each row takes one position.
+
+    `key` says which embeddings these are: equal keys, equal rows. Without one they equal no others.
+    """
 
     rows_ND: NDArray[np.float32]
+    key: str = field(default_factory=lambda: secrets.token_hex(16))
+    start: int = 0
 
     def __len__(self) -> int:
         return len(self.rows_ND)
+
+    def positions(self) -> list[Position]:
+        """What the context holds once this was decoded."""
+        return [(self.key, row) for row in range(self.start, self.start + len(self))]
 
 
 Segment = TextSegment | ImageSegment
@@ -82,25 +100,49 @@ def plan(pieces: Sequence[Piece], tokenize: Tokenize, *, bos: str, layouts: Sequ
     return segments + ([TextSegment(tuple(tokens))] if tokens else [])
 
 
-def splice(segments: Plan, embeds: Sequence[NDArray[np.float32]]) -> list[Segment]:
+def positions(segments: Plan, keys: Sequence[str]) -> list[Position]:
+    """What a context holds once the plan was decoded; `keys` has the key of each picture's embeddings."""
+    found: list[Position] = []
+    for segment in segments:
+        if isinstance(segment, TextSegment):
+            found += segment.tokens
+        else:
+            found += [(keys[segment.index], row) for row in range(segment.start, segment.start + segment.n_rows)]
+    return found
+
+
+def skip(segments: Plan, n_positions: int) -> Plan:
+    """The plan without its first positions, which the context holds already."""
+    left: Plan = []
+    for segment in segments:
+        drop, n_positions = min(len(segment), n_positions), max(0, n_positions - len(segment))
+        if drop == len(segment):
+            continue
+        if isinstance(segment, TextSegment):
+            left.append(TextSegment(segment.tokens[drop:]))
+        else:
+            left.append(PlannedImage(segment.index, segment.start + drop, segment.n_rows - drop))
+    return left
+
+
+def splice(segments: Plan, embeds: Mapping[int, tuple[str, NDArray[np.float32]]]) -> list[Segment]:
     """Put the encoded pictures into their places.
 
     Args:
-        segments: What `plan` returned.
-        embeds: For each picture, float32 [n_rows, n_embd], in the order in which the pictures were given.
+        segments: What `plan` returned, or what `skip` left of it.
+        embeds: For each picture that is in it, by its index, its key and all its embeddings, float32 [n_rows, n_embd].
 
     Raises:
-        ValueError: a picture has another number of rows than planned; our own bug.
+        ValueError: a picture has fewer rows than planned; our own bug.
     """
-    planned = [0] * len(embeds)
+    spliced: list[Segment] = []
     for segment in segments:
-        if isinstance(segment, PlannedImage):
-            planned[segment.index] += segment.n_rows
-    if planned != [len(rows_ND) for rows_ND in embeds]:
-        raise ValueError(f"the pictures have {[len(rows_ND) for rows_ND in embeds]} rows, planned {planned}")
-    return [
-        segment
-        if isinstance(segment, TextSegment)
-        else ImageSegment(embeds[segment.index][segment.start : segment.start + segment.n_rows])
-        for segment in segments
-    ]
+        if isinstance(segment, TextSegment):
+            spliced.append(segment)
+            continue
+        key, rows_ND = embeds[segment.index]
+        end = segment.start + segment.n_rows
+        if end > len(rows_ND):
+            raise ValueError(f"picture {segment.index} has {len(rows_ND)} rows, {end} were planned")
+        spliced.append(ImageSegment(rows_ND[segment.start : end], key, segment.start))
+    return spliced

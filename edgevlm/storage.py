@@ -76,8 +76,10 @@ def require_free(path: Path, needed: int) -> None:
         )
 
 
-def atomic_write(path: Path, content: bytes) -> None:
+def atomic_write(path: Path, content: bytes, *, mode: int = 0o666) -> None:
     """Replace `path` by a file with this content: a reader sees the old content or the new, never a part.
+
+    `mode` holds the permissions that the umask may take away from.
 
     Raises:
         StorageError: nothing was changed, unless the flush of the folder itself failed.
@@ -85,7 +87,7 @@ def atomic_write(path: Path, content: bytes) -> None:
     temporary = _temporary_name(path)
     with storage_errors(path, needed=len(content)):
         try:
-            with open(temporary, "xb") as file:
+            with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
                 file.write(content)
                 file.flush()
                 _flush(file.fileno())

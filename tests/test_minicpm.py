@@ -14,6 +14,7 @@ from test_convert import EMBED_TOLERANCE, LOGIT_TOLERANCE, exact_logits
 from tiny_minicpm import PATCH_PX, TOKENS, Variant
 
 import edgevlm
+from edgevlm import messages
 from edgevlm.converters import convert
 from edgevlm.converters.onnx_graph import Graph
 from edgevlm.converters.onnx_resampler import strip_positions
@@ -177,7 +178,8 @@ def test_positions_are_torchs_for_every_number_of_patches(positions):
 
 def layout_ids(model, tokenizer, question, images, system=None):
     """The prompt as token ids, `<unk>` for each embedding."""
-    segments = model._plan(question, [image_layout(*image.shape[:2], model.spec) for image in images], system)
+    layouts = [image_layout(*image.shape[:2], model.spec) for image in images]
+    segments = model._plan(messages.question(question, images, system), layouts)
     unknown = tokenizer.convert_tokens_to_ids("<unk>")
     ids = [segment.tokens if isinstance(segment, TextSegment) else [unknown] * len(segment) for segment in segments]
     return [token for part in ids for token in part]
@@ -222,11 +224,14 @@ def test_logits_and_answers_are_the_references(converted, size):
     embeds = reference.embeds_of(tokenizer, ids, [image])
     with torch.no_grad():
         wanted = reference.llm(inputs_embeds=embeds).logits[0, -1].numpy()
-    segments = model._plan("What is it?", [image_layout(*image.shape[:2], model.spec)], None)
+    segments = model._plan(messages.question("What is it?", [image]), [image_layout(*image.shape[:2], model.spec)])
     rows_ND = model.embed_image(image)
-    assert np.abs(exact_logits(out / "decoder.gguf", splice(segments, [rows_ND])) - wanted).max() <= LOGIT_TOLERANCE
+    assert (
+        np.abs(exact_logits(out / "decoder.gguf", splice(segments, {0: ("whole", rows_ND)})) - wanted).max()
+        <= LOGIT_TOLERANCE
+    )
     # The twin: the same embeddings with their channels in reverse are seen.
-    other = splice(segments, [rows_ND[:, ::-1].copy()])
+    other = splice(segments, {0: ("turned", rows_ND[:, ::-1].copy())})
     assert np.abs(exact_logits(out / "decoder.gguf", other) - wanted).max() > LOGIT_TOLERANCE
     stops = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|eot_id|>")]
     told = reference.llm.generate(inputs_embeds=embeds, max_new_tokens=6, do_sample=False, eos_token_id=stops,

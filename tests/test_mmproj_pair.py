@@ -22,7 +22,8 @@ from edgevlm.converters import convert, gguf_copy
 from edgevlm.describe import describe
 from edgevlm.errors import CheckpointError, GGUFError, UsageError
 from edgevlm.gguf import read_header
-from edgevlm.prompt import PromptFormat, render, user_messages
+from edgevlm.messages import question
+from edgevlm.prompt import PromptFormat, render
 
 TEXT_ONLY = "{% for m in messages %}<|start|>{{ m['content'] }}{% endfor %}"
 
@@ -128,7 +129,7 @@ def test_smolvlm_gets_the_template_of_its_repositories(smolvlm, tmp_path):
     convert(without_template(text, tmp_path / "text.gguf"), tmp_path / "out", mmproj=mmproj)
     header = read_header(tmp_path / "out" / "decoder.gguf")
     said = [{"role": role, "content": [{"type": "text", "text": "a"}]} for role in ("user", "assistant")]
-    turns = [*said, *user_messages("c", 1, None)]
+    turns = [*said, *question("c", [None])]
     released = tiny_smolvlm.TEMPLATE.replace("<|start|>", "<|im_start|>").replace("<|end|>", "<end_of_utterance>")
     found, wanted = (
         render(turns, PromptFormat(template=source, bos="", eos="", control_tokens=(), image_token="<image>"))

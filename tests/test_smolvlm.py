@@ -16,6 +16,7 @@ from test_convert import EMBED_TOLERANCE, LOGIT_TOLERANCE, exact_logits
 from tiny_smolvlm import FAKE, ROWS, Variant
 
 import edgevlm
+from edgevlm import messages
 from edgevlm.converters import convert, gguf_file
 from edgevlm.converters.verify import cosines, relative_error
 from edgevlm.errors import CheckpointError
@@ -68,7 +69,8 @@ def reference_inputs(processor, question, images):
 
 def layout_ids(model, question, images, image_token_id):
     """The prompt as token ids, one image token for each embedding."""
-    segments = model._plan(question, [image_layout(*image.shape[:2], model.spec) for image in images], None)
+    layouts = [image_layout(*image.shape[:2], model.spec) for image in images]
+    segments = model._plan(messages.question(question, images), layouts)
     ids = [segment.tokens if isinstance(segment, TextSegment) else [image_token_id] * len(segment)
            for segment in segments]  # fmt: skip
     return [token for part in ids for token in part]
@@ -131,7 +133,7 @@ def test_the_comparison_of_embeddings_can_fail(converted, damage):
     def difference():
         with torch.no_grad():
             (rows_ND,) = reference.model.get_image_features(torch.from_numpy(tiles_TCHW)[None]).pooler_output
-        found_TND = model._encoder.encode_each(tiles_TCHW)
+        found_TND = model._vision.load().encode_each(tiles_TCHW)
         return np.abs(found_TND.reshape(rows_ND.shape) - rows_ND.numpy()).max()
 
     assert difference() <= EMBED_TOLERANCE
@@ -175,12 +177,12 @@ def test_logits_and_answers_are_those_of_transformers(converted, size):
     inputs = reference_inputs(processor, "What is it?", [image])
     with torch.no_grad():
         wanted = reference(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"]).logits[0, -1].numpy()
-    segments = model._plan("What is it?", [image_layout(*image.shape[:2], model.spec)], None)
+    segments = model._plan(messages.question("What is it?", [image]), [image_layout(*image.shape[:2], model.spec)])
     rows_ND = model.embed_image(image)
-    found = exact_logits(out / "decoder.gguf", splice(segments, [rows_ND]))
+    found = exact_logits(out / "decoder.gguf", splice(segments, {0: ("whole", rows_ND)}))
     assert np.abs(found - wanted).max() <= LOGIT_TOLERANCE
     # The twin: the same embeddings in reverse are seen.
-    other = splice(segments, [rows_ND[::-1].copy()])
+    other = splice(segments, {0: ("turned", rows_ND[::-1].copy())})
     assert np.abs(exact_logits(out / "decoder.gguf", other) - wanted).max() > LOGIT_TOLERANCE
     with torch.no_grad():
         told = reference.generate(
@@ -213,9 +215,9 @@ def test_int8_loses_little_and_is_measured_tile_by_tile(tmp_path):
         tiles_TCHW = model.preprocess(picture("large"))
         assert len(tiles_TCHW) == 5
         found, wanted = model.embed_image(picture("large")), exact.embed_image(picture("large"))
-        alone = np.concatenate([model._encoder.encode(tile[None]) for tile in tiles_TCHW]).reshape(found.shape)
+        alone = np.concatenate([model._vision.load().encode(tile[None]) for tile in tiles_TCHW]).reshape(found.shape)
         assert np.array_equal(found, alone)
-        assert not np.array_equal(found, model._encoder.encode(tiles_TCHW).reshape(found.shape))
+        assert not np.array_equal(found, model._vision.load().encode(tiles_TCHW).reshape(found.shape))
         # Random weights have no redundancy; a trained tower loses less.
         assert cosines(wanted, found).min() >= 0.99
         assert relative_error(wanted, found) < 0.05 < relative_error(wanted, np.roll(found, 4, axis=0))

@@ -1,0 +1,128 @@
+"""A file that says what it belongs to, and shows when it is not whole: the form of everything that is kept on disk.
+
+    magic, 8 bytes | length of the header, u32 | header, JSON | payload | BLAKE2b-256 of all before
+
+Such files are caches: whoever reads one recomputes on any doubt, so reading never fails, it only finds nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from edgevlm.errors import EdgeVLMError
+from edgevlm.files import open_regular
+from edgevlm.storage import atomic_write
+
+_MAGIC = b"EVLMBLB1"
+_DIGEST_BYTES = 32
+#: A header names tokens and pictures; a longer one is not ours.
+_HEADER_LIMIT_BYTES = 1 << 20
+
+
+def write_blob(path: Path, header: dict[str, Any], payload: bytes | memoryview) -> None:
+    """Write atomically; readable by this user alone, because it tells of pictures.
+
+    Raises:
+        StorageError: the disk is full, the folder cannot be written, and so on; nothing is left behind.
+    """
+    text = json.dumps(header, sort_keys=True).encode()
+    body = b"".join((_MAGIC, len(text).to_bytes(4, "little"), text, payload))
+    atomic_write(path, body + hashlib.blake2b(body, digest_size=_DIGEST_BYTES).digest(), mode=0o600)
+
+
+def read_blob(path: Path, identity: dict[str, Any]) -> tuple[dict[str, Any], memoryview] | None:
+    """The header and payload of a file that is whole and whose header holds all of `identity`; else None.
+
+    The payload is a view of memory that nobody else holds.
+    """
+    try:
+        with open_regular(path) as (file, size):
+            data = file.read(size + 1)
+    except (EdgeVLMError, OSError, ValueError):
+        return None
+    body = memoryview(data)[:-_DIGEST_BYTES]
+    if bytes(body[:8]) != _MAGIC or len(body) < 12:
+        return None
+    if hashlib.blake2b(body, digest_size=_DIGEST_BYTES).digest() != data[-_DIGEST_BYTES:]:
+        return None
+    n_header = int.from_bytes(body[8:12], "little")
+    if n_header > min(_HEADER_LIMIT_BYTES, len(body) - 12):
+        return None
+    try:
+        header = json.loads(bytes(body[12 : 12 + n_header]))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(header, dict) or any(header.get(name) != value for name, value in identity.items()):
+        return None
+    return header, body[12 + n_header :]
+
+
+class Shelf:
+    """A folder of blobs with a bound on its size; the ones that were not used for the longest time go first.
+
+    Args:
+        folder: Made on the first write, for this user alone.
+        limit_bytes: Most bytes of all files together; a larger one is not kept.
+    """
+
+    def __init__(self, folder: Path, limit_bytes: int) -> None:
+        self.folder = folder
+        self.limit_bytes = limit_bytes
+
+    def put(self, name: str, header: dict[str, Any], payload: bytes | memoryview) -> None:
+        """Keep a blob under a plain name.
+
+        Raises:
+            StorageError: it could not be written; what was there is unchanged.
+        """
+        needed = len(payload) + _HEADER_LIMIT_BYTES
+        if needed > self.limit_bytes:
+            return
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._make_room(needed)
+        write_blob(self.folder / name, header, payload)
+
+    def get(self, name: str, identity: dict[str, Any]) -> tuple[dict[str, Any], memoryview] | None:
+        """A blob that is whole and belongs to `identity`. What is found but cannot be used is removed."""
+        path = self.folder / name
+        found = read_blob(path, identity)
+        with contextlib.suppress(OSError):
+            if found is None:
+                path.unlink(missing_ok=True)
+            else:
+                os.utime(path)  # the order of eviction; a clock that jumps costs a recomputation at most
+        return found
+
+    def entries(self) -> list[tuple[Path, int, float]]:
+        """(path, bytes, last use as seconds since 1970) of each file, the longest unused first."""
+        found = []
+        with contextlib.suppress(OSError), os.scandir(self.folder) as scan:
+            for entry in scan:
+                with contextlib.suppress(OSError):
+                    status = entry.stat(follow_symlinks=False)
+                    found.append((Path(entry.path), status.st_size, status.st_mtime))
+        return sorted(found, key=lambda entry: (entry[2], entry[0]))
+
+    def clear(self) -> int:
+        """Remove everything; returns the bytes that were freed."""
+        freed = 0
+        for path, size, _used in self.entries():
+            with contextlib.suppress(OSError):
+                path.unlink()
+                freed += size
+        return freed
+
+    def _make_room(self, needed: int) -> None:
+        entries = self.entries()
+        total = sum(size for _path, size, _used in entries)
+        for path, size, _used in entries:
+            if total + needed <= self.limit_bytes:
+                return
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+            total -= size

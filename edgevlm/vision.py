@@ -1,0 +1,238 @@
+"""Pictures to embeddings, each computed once: a cache in memory, and one on disk if there is a folder for it.
+
+A picture is known by its pixels, its embeddings by the pixels and everything that turns them into numbers: the
+preprocessing, the encoder's files with the connector in them, and the libraries' versions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgevlm import spec as specs
+from edgevlm.answer import Timings
+from edgevlm.bundle import Bundle
+from edgevlm.encoder import Encoder
+from edgevlm.errors import CapabilityError
+from edgevlm.image import load_image, read_image
+from edgevlm.kept import Kept
+from edgevlm.layout import ImageLayout, Rows, image_layout
+from edgevlm.preprocess import preprocess_batches
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from PIL.Image import Image
+
+    ImageSource = str | os.PathLike[str] | bytes | Image | NDArray[np.uint8]
+
+#: Sources whose pixels' key is remembered, so that the next question about the same file need not decode it.
+_KNOWN_SOURCES = 256
+_DIGEST_BYTES = 16
+
+
+@dataclass(eq=False)
+class Picture:
+    """A picture of the prompt: `key` names its embeddings, `layout` says where they go.
+
+    `source` is a file's content, with what messages call it, or an array; never a path, because what a path leads to
+    may change. `image_HWC` are its pixels as long as somebody may need them.
+    """
+
+    source: tuple[bytes, str] | NDArray[np.uint8]
+    key: str
+    layout: ImageLayout
+    image_HWC: NDArray[np.uint8] | None = None
+
+    def pixels(self) -> NDArray[np.uint8]:
+        """uint8 [H, W, 3]; decoded once more if nobody kept them."""
+        if self.image_HWC is not None:
+            return self.image_HWC
+        return load_image(self.source[0], name=self.source[1]) if isinstance(self.source, tuple) else self.source
+
+
+class Vision:
+    """The half of a model that sees.
+
+    Args:
+        bundle: A bundle that has an encoder.
+        open_encoder: Loads the encoder; called at the first picture that no cache knows, and again after `release`.
+        cache_bytes: Most bytes of embeddings to hold in memory; the least recently used go first.
+        kept: The cache on disk, or None.
+    """
+
+    def __init__(
+        self, bundle: Bundle, open_encoder: Callable[[], Encoder], *, cache_bytes: int, kept: Kept | None = None
+    ) -> None:
+        assert bundle.spec.image is not None
+        self.image_spec = bundle.spec.image
+        self._spec = bundle.spec
+        self._open_encoder = open_encoder
+        self._encoder: Encoder | None = None
+        self._identity = _identity(bundle)
+        self._embeds = Embeddings(cache_bytes)
+        self._kept = kept
+        self._sources: OrderedDict[str, tuple[str, ImageLayout]] = OrderedDict()
+
+    def load(self) -> Encoder:
+        """The encoder, loaded if it is not.
+
+        Raises:
+            BackendError, DependencyError: it cannot be loaded.
+        """
+        self._encoder = self._encoder or self._open_encoder()
+        return self._encoder
+
+    def release(self) -> None:
+        """Give the encoder's memory back; embeddings stay."""
+        self._encoder = None
+
+    def close(self) -> None:
+        """Give everything back."""
+        self.release()
+        self._embeds.clear()
+        self._sources.clear()
+
+    @property
+    def cached(self) -> tuple[int, int]:
+        """(pictures, bytes) whose embeddings are in memory."""
+        return len(self._embeds), self._embeds.nbytes
+
+    def look(self, source: ImageSource, timings: Timings) -> Picture:
+        """Find out which picture this is; a file that was seen before is not decoded again.
+
+        Raises:
+            FileError, ImageError: as `load_image` does.
+        """
+        with timings.measure("decode_image_s"):
+            if not isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
+                image_HWC = load_image(source)
+                return Picture(image_HWC, *self._known(image_HWC))
+            content, name = read_image(source)
+            seen = hashlib.blake2b(content, digest_size=_DIGEST_BYTES).hexdigest()
+            if seen in self._sources:
+                self._sources.move_to_end(seen)
+                return Picture((content, name), *self._sources[seen])
+            image_HWC = load_image(content, name=name)
+            self._sources[seen] = self._known(image_HWC)
+            if len(self._sources) > _KNOWN_SOURCES:
+                self._sources.popitem(last=False)
+            return Picture((content, name), *self._sources[seen], image_HWC)
+
+    def embed(self, picture: Picture, timings: Timings) -> NDArray[np.float32]:
+        """The picture's embeddings, float32 [n_rows, n_embd], read-only: from a cache, or else computed.
+
+        Raises:
+            BackendError: the encoder failed.
+        """
+        found = self._embeds.get(picture.key)
+        if found is not None:
+            picture.image_HWC = None
+        else:
+            found = self._from_disk(picture) if self._kept else None
+            if found is None:
+                found = self._encode(picture, timings)
+                if self._kept:
+                    self._kept.put_embeds(picture.key, self._identity, found)
+            self._embeds.put(picture.key, found)
+        return found
+
+    def pixels(self, source: ImageSource) -> list[NDArray[np.float32]]:
+        """The encoder's input: float32 [T, 3, H, W] for each size of tiles."""
+        return preprocess_batches(load_image(source), self.image_spec)
+
+    def _encode(self, picture: Picture, timings: Timings) -> NDArray[np.float32]:
+        import numpy as np
+
+        with timings.measure("decode_image_s"):
+            image_HWC = picture.pixels()
+        with timings.measure("preprocess_s"):
+            batches = preprocess_batches(image_HWC, self.image_spec)
+        del image_HWC
+        picture.image_HWC = None  # 36 MB of a camera's picture, while the encoder runs
+        with timings.measure("load_s"):
+            encoder = self.load()
+        with timings.measure("encode_s"):
+            embeds_TND = np.concatenate([encoder.encode_each(tiles_TCHW) for tiles_TCHW in batches])
+        rows_ND: NDArray[np.float32] = embeds_TND.reshape(-1, embeds_TND.shape[-1])
+        if len(rows_ND) != _n_rows(picture.layout):
+            raise ValueError(f"the picture has {len(rows_ND)} rows, {_n_rows(picture.layout)} were planned")
+        rows_ND.flags.writeable = False  # it is shared by everybody who asks for this picture
+        return rows_ND
+
+    def _from_disk(self, picture: Picture) -> NDArray[np.float32] | None:
+        assert self._kept is not None
+        assert self._spec.encoder is not None
+        shape = (_n_rows(picture.layout), self._spec.encoder.n_embd)
+        return self._kept.embeds(picture.key, self._identity, shape)
+
+    def _known(self, image_HWC: NDArray[np.uint8]) -> tuple[str, ImageLayout]:
+        """The key of the embeddings of these pixels, and where they go."""
+        digest = hashlib.blake2b(self._identity.encode(), digest_size=_DIGEST_BYTES)
+        digest.update(repr(image_HWC.shape).encode())
+        for start in range(0, len(image_HWC), 256):  # Pillow leaves pixels four bytes apart; a copy of all is large
+            digest.update(image_HWC[start : start + 256].tobytes())
+        return digest.hexdigest(), image_layout(image_HWC.shape[0], image_HWC.shape[1], self._spec)
+
+
+class Embeddings:
+    """Embeddings in memory, at most `limit_bytes` of them; the least recently used are dropped first."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.nbytes = 0
+        self._rows: OrderedDict[str, NDArray[np.float32]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def get(self, key: str) -> NDArray[np.float32] | None:
+        if key in self._rows:
+            self._rows.move_to_end(key)
+        return self._rows.get(key)
+
+    def put(self, key: str, rows_ND: NDArray[np.float32]) -> None:
+        """Hold rows [n, n_embd]; what is larger than the whole cache is not held."""
+        if rows_ND.nbytes > self.limit_bytes or key in self._rows:
+            return
+        self._rows[key] = rows_ND
+        self.nbytes += rows_ND.nbytes
+        while self.nbytes > self.limit_bytes:
+            _, dropped = self._rows.popitem(last=False)
+            self.nbytes -= dropped.nbytes
+
+    def clear(self) -> None:
+        self._rows.clear()
+        self.nbytes = 0
+
+
+def no_vision(name: str) -> CapabilityError:
+    """The error for a picture that was shown to a text model."""
+    return CapabilityError(
+        f"{name} is a text-only model and cannot see pictures; ask without them or choose a vision model",
+        code="capability.no_vision",
+    )
+
+
+def _n_rows(layout: ImageLayout) -> int:
+    return sum(part.count for part in layout if isinstance(part, Rows))
+
+
+def _identity(bundle: Bundle) -> str:
+    """Everything that turns pixels into embeddings, as a digest."""
+    spec = bundle.spec
+    assert spec.image is not None
+    assert spec.encoder is not None
+    parts = {
+        "image": specs.to_json(spec.image),
+        "encoder": specs.to_json(spec.encoder),
+        "files": {entry.role: entry.sha256 for entry in bundle.manifest.files if entry.role != "decoder"},
+        "versions": {name: importlib.metadata.version(name) for name in ("edgevlm", "onnxruntime", "pillow")},
+    }
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=_DIGEST_BYTES).hexdigest()
