@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from edgevlm.errors import BackendError, ContextError, UsageError
 from edgevlm.gguf import GGUFHeader, read_header
 from edgevlm.llama import clear_log, last_log, library
-from edgevlm.machine import check_threads, usable_cpus
 from edgevlm.splice import ImageSegment, Position, Segment, TextSegment
+from edgevlm.threads import Threads, ThreadsLike, resolve_threads
 from edgevlm.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Decoder:
     Args:
         path: A GGUF file of the `llama` architecture.
         context: Positions to reserve; None reserves 4096, or what the model was trained for if that is fewer.
-        threads: Threads for prefill and decode; None takes every CPU that this process may use.
+        threads: Threads for prefill and for decode (`edgevlm.threads`); None takes every core that there is for us.
         kv_type: Type of the key/value cache. f32 also turns flash attention off: slower, for comparisons with the
             reference.
         scored: Most tokens that `score` is ever given at once; llama.cpp reserves room for that many rows of logits.
@@ -58,12 +58,12 @@ class Decoder:
         path: str | os.PathLike[str],
         *,
         context: int | None = None,
-        threads: int | None = None,
+        threads: ThreadsLike = None,
         kv_type: KVType = "f16",
         scored: int = 1,
         repack: bool = True,
     ) -> None:
-        check_threads(threads)
+        counts = resolve_threads(threads)
         self.header = read_header(path)
         self.n_context = _context_size(self.header, context)
         self._llama = library()
@@ -73,7 +73,7 @@ class Decoder:
         self.n_vocab = self.vocabulary.n_vocab
         self.n_embd = self._llama.llama_model_n_embd_inp(self._model)
         self._scored = scored
-        self._context = self._new_context(threads, kv_type)
+        self._context = self._new_context(counts, kv_type)
         self._close_context = _free_later(self, self._llama.llama_free, self._context)
         #: What the context holds: for each position the token's id, or which row of which picture.
         self.held: list[Position] = []
@@ -105,7 +105,7 @@ class Decoder:
         if not self._close_context.alive:
             raise UsageError("the model is closed; load it again")
 
-    def _new_context(self, threads: int | None, kv_type: KVType) -> Any:
+    def _new_context(self, threads: Threads, kv_type: KVType) -> Any:
         llama = self._llama
         params = llama.llama_context_default_params()
         params.n_ctx = self.n_context
@@ -114,7 +114,7 @@ class Decoder:
         # Only the last row of a batch is read, except by `score`: without this, llama.cpp reserves logits for a whole
         # batch, which for a vocabulary of 128k is 263 MB.
         params.n_outputs_max = self._scored
-        params.n_threads = params.n_threads_batch = threads or usable_cpus()
+        params.n_threads, params.n_threads_batch = threads.decode, threads.prefill
         # llama.cpp's flash attention works in float16 whatever the cache holds: measured against the reference, logits
         # are off by 2e-4 to 7e-4 with it and by 7e-7 without (float32 cache, tiny random model).
         exact = kv_type == "f32"

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgevlm.errors import BackendError, DependencyError
-from edgevlm.machine import usable_cpus
 from edgevlm.spec import EncoderSpec
+from edgevlm.threads import ThreadsLike, resolve_threads
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,20 +24,21 @@ class Encoder:
     Args:
         path: The ONNX file; its weights lie beside it.
         spec: Sizes that the output must have.
-        threads: Threads of the intra-op pool; None takes every CPU that this process may use.
+        threads: Threads of the intra-op pool; None takes every core that there is for us.
         repack: Whether ONNX Runtime makes copies of the weights in the layout of its kernels. Without them the weights
             stay pages of the file, which the system may drop; products take somewhat longer.
 
     Raises:
         DependencyError: onnxruntime is missing.
         BackendError: the graph cannot be loaded.
+        UsageError: `threads` is outside its range.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], spec: EncoderSpec, *, threads: int | None = None, repack: bool = True
+        self, path: str | os.PathLike[str], spec: EncoderSpec, *, threads: ThreadsLike = None, repack: bool = True
     ) -> None:
         self.spec = spec
-        self._session = _open_session(Path(path), threads or usable_cpus(), repack)
+        self._session = _open_session(Path(path), resolve_threads(threads).encode, repack)
 
     def encode(self, tiles_TCHW: NDArray[np.float32]) -> NDArray[np.float32]:
         """Encode tiles.

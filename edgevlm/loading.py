@@ -15,8 +15,9 @@ from edgevlm.encoder import Encoder
 from edgevlm.errors import BundleError, FileError
 from edgevlm.kept import Kept
 from edgevlm.llama import cpu_features
-from edgevlm.machine import available_bytes, check_threads, cpu_name
+from edgevlm.machine import available_bytes, cpu_name
 from edgevlm.pipeline import Model
+from edgevlm.threads import ThreadsLike, resolve_threads
 from edgevlm.vision import Vision
 
 #: The memory cache of embeddings: a 32nd of what is available, between these.
@@ -28,7 +29,7 @@ def load(
     model: str | os.PathLike[str] | None = None,
     *,
     context: int | None = None,
-    threads: int | None = None,
+    threads: ThreadsLike = None,
     kv_type: KVType = "f16",
     state: str | os.PathLike[str] | None = None,
 ) -> Model:
@@ -37,7 +38,8 @@ def load(
     Args:
         model: A bundle folder or a `.gguf` file (text only); None is the built-in panel reader.
         context: Positions to reserve for prompt and answer; None takes up to 4096.
-        threads: Threads for every stage; None takes every CPU that this process may use.
+        threads: Threads for every phase, or a count for each: `{"encode": 4, "prefill": 4, "decode": 2}`; what is left
+            out keeps its default, every core that this process may use.
         kv_type: Type of the key/value cache; `f32` is for comparisons with the reference.
         state: A folder in which pictures' embeddings and the decoder's state behind them are kept, for the next
             process; None keeps nothing on disk.
@@ -50,7 +52,7 @@ def load(
         with edgevlm.load() as model:
             print(model.ask("What does the display read?", images=["panel.jpg"]).text)
     """
-    check_threads(threads)
+    threads = resolve_threads(threads)
     started = time.perf_counter()
     path = BUILTIN if model is None else Path(model)
     # os.path answers False where Path would raise, for a NUL or a name too long; an empty name would mean this folder.
@@ -65,7 +67,7 @@ def load(
 
 
 def _load_bundle(
-    folder: Path, context: int | None, threads: int | None, kv_type: KVType, state: str | os.PathLike[str] | None
+    folder: Path, context: int | None, threads: ThreadsLike, kv_type: KVType, state: str | os.PathLike[str] | None
 ) -> Model:
     bundle = open_bundle(folder)
     spec, vision, kept = bundle.spec, None, None

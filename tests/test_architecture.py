@@ -24,7 +24,7 @@ TIMED = {"PIL": {"edgevlm.image", "edgevlm.bench"}}
 REFERENCES = {"torch", "transformers", "tokenizers", "safetensors"}
 
 #: Who may import whom inside edgevlm: one direction, from the front ends down to the contracts.
-BASE = {"errors", "files", "spec", "machine", "options", "answer", "progress", "text"}
+BASE = {"errors", "files", "spec", "machine", "cgroup", "threads", "options", "answer", "progress", "text"}
 STAGES = {"_arrays", "_kernels", "bundle", "decoder", "describe", "encoder", "frames", "generate", "gguf", "gguf_llama",
           "image", "journal", "kernels", "layout", "llama", "preprocess", "prompt", "sampling", "splice", "storage",
           "state_folder", "template", "tiling", "vocabulary", "vision", "kept", "blob", "messages"}  # fmt: skip

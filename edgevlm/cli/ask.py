@@ -43,7 +43,12 @@ def ask(
         typer.Option("--context", metavar="N", help="Positions for prompt and answer. [default: up to 4096]"),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option("--threads", metavar="N", help="Threads. [default: every usable CPU]")
+        str | None,
+        typer.Option(
+            "--threads",
+            metavar="N",
+            help="Threads; or for each phase: encode=4,prefill=4,decode=2. [default: all cores]",
+        ),
     ] = None,
     json_output: Annotated[
         bool, typer.Option("--json", help="Print one JSON object with the answer, usage, timings and memory.")
@@ -60,9 +65,10 @@ def ask(
       edgevlm ask "Why is the sky blue?" -m smollm2.gguf --max-tokens 80
     """
     from edgevlm.loading import load
+    from edgevlm.threads import parse_threads
 
     question, images = inputs(prompt, image or [])
-    with load(model, context=context, threads=threads) as loaded:
+    with load(model, context=context, threads=parse_threads(threads)) as loaded:
         stream = loaded.stream(
             question,
             images,
