@@ -16,16 +16,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from edgevlm import frames, kernels
     from edgevlm.answer import Answer, Timings, Usage
+    from edgevlm.chat import Chat
     from edgevlm.converters import convert
     from edgevlm.errors import EdgeVLMError
     from edgevlm.loading import load
     from edgevlm.options import GenerateOptions
-    from edgevlm.pipeline import Model, Stream
+    from edgevlm.pipeline import Model
+    from edgevlm.stream import Stream
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Answer",
+    "Chat",
     "EdgeVLMError",
     "GenerateOptions",
     "Model",
@@ -40,10 +43,11 @@ __all__ = [
 
 _HOMES = {
     "Answer": "answer",
+    "Chat": "chat",
     "EdgeVLMError": "errors",
     "GenerateOptions": "options",
     "Model": "pipeline",
-    "Stream": "pipeline",
+    "Stream": "stream",
     "Timings": "answer",
     "Usage": "answer",
     "convert": "converters",

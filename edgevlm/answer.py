@@ -57,7 +57,8 @@ class Answer:
     """A finished answer. `finish_reason` is `length` if `max_tokens` or a full context cut it, else `stop`.
 
     `dropped_turns` counts the oldest turns of a conversation that the model did not see any more, because its context
-    is full and the caller allowed it. `warnings` says in words what did not work without touching the answer.
+    is full and the caller allowed it. `choices` has the probability of each, if the answer was chosen among them.
+    `warnings` says in words what did not work without touching the answer.
     """
 
     text: str
@@ -67,14 +68,15 @@ class Answer:
     timings: Timings
     peak_rss_bytes: int
     dropped_turns: int = 0
+    choices: dict[str, float] | None = None
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The object that `edgevlm ask --json` prints; seconds are rounded to the microsecond.
 
-        `dropped_turns` and `warnings` are in it if there are any.
+        `choices`, `dropped_turns` and `warnings` are in it if there are any.
         """
-        rare = {"dropped_turns": self.dropped_turns, "warnings": list(self.warnings)}
+        rare = {"choices": self.choices, "dropped_turns": self.dropped_turns, "warnings": list(self.warnings)}
         return {
             "text": self.text,
             "finish_reason": self.finish_reason,

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from edgevlm import messages as chat_messages
 from edgevlm.answer import Answer, Timings
 from edgevlm.errors import ContextError
-from edgevlm.pipeline import Model, Stream
+from edgevlm.pipeline import Model
 from edgevlm.prompt import Message
+from edgevlm.stream import Stream
 
 if TYPE_CHECKING:
     from edgevlm.vision import ImageSource

@@ -72,7 +72,7 @@ class Decoder:
         self.vocabulary = Vocabulary(self._llama, self._model, self.header, self.check_open)
         self.n_vocab = self.vocabulary.n_vocab
         self.n_embd = self._llama.llama_model_n_embd_inp(self._model)
-        self._scored = scored
+        self.n_scored = min(scored, _N_BATCH)
         self._context = self._new_context(counts, kv_type)
         self._close_context = _free_later(self, self._llama.llama_free, self._context)
         #: What the context holds: for each position the token's id, or which row of which picture.
@@ -113,7 +113,7 @@ class Decoder:
         params.n_seq_max = 1
         # Only the last row of a batch is read, except by `score`: without this, llama.cpp reserves logits for a whole
         # batch, which for a vocabulary of 128k is 263 MB.
-        params.n_outputs_max = self._scored
+        params.n_outputs_max = self.n_scored
         params.n_threads, params.n_threads_batch = threads.decode, threads.prefill
         # llama.cpp's flash attention works in float16 whatever the cache holds: measured against the reference, logits
         # are off by 2e-4 to 7e-4 with it and by 7e-7 without (float32 cache, tiny random model).
@@ -246,7 +246,7 @@ class Decoder:
         """Decode tokens after what the context holds already, and read the logits of each.
 
         Args:
-            tokens: At least one, at most `scored` of the constructor.
+            tokens: At least one, at most `n_scored`.
 
         Returns:
             float32 [len(tokens), n_vocab]: a view that lasts until the next decode or `close`.
@@ -257,8 +257,8 @@ class Decoder:
         """
         import numpy as np
 
-        if not 1 <= len(tokens) <= min(self._scored, _N_BATCH):
-            raise ValueError(f"{len(tokens)} tokens to score, between 1 and {min(self._scored, _N_BATCH)} fit")
+        if not 1 <= len(tokens) <= self.n_scored:
+            raise ValueError(f"{len(tokens)} tokens to score, between 1 and {self.n_scored} fit")
         self.check_open()
         self._check_room(len(tokens))
         self._decode_tokens(tokens, want_logits=True, of_each=True)

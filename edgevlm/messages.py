@@ -46,15 +46,19 @@ def question(prompt: str | Sequence[Any], images: Sequence[Any] = (), system: st
     ]
 
 
-def marked(prompt: str, images: Sequence[Any]) -> list[Any]:
+def marked(prompt: str, images: Sequence[Any]) -> str | list[Any]:
     """A prompt in which `{image}` stands for each picture, as parts; without any mark the pictures come first.
+
+    Without pictures it is a plain text and no mark counts.
 
     Raises:
         UsageError: there are marks, but not as many as pictures.
     """
     texts = prompt.split(IMAGE_MARK)
-    if len(texts) == 1 or not images:
-        return [*images, prompt]
+    if not images:
+        return prompt
+    if len(texts) == 1:
+        return [*map(_picture, images), prompt]
     if len(texts) != len(images) + 1:
         raise UsageError(
             f"the prompt has {len(texts) - 1} marks {IMAGE_MARK} for {len(images)} pictures; "

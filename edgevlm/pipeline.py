@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from edgevlm import messages as chat_messages
 from edgevlm import prompt as prompts
-from edgevlm.answer import Answer, Timings, Usage
+from edgevlm.answer import Answer, FinishReason, Timings, Usage
+from edgevlm.choose import check_choices, probabilities
 from edgevlm.decoder import Decoder
 from edgevlm.errors import CapabilityError, ContextError, UsageError
 from edgevlm.generate import Generation
@@ -20,6 +22,7 @@ from edgevlm.options import GenerateOptions
 from edgevlm.prompt import Message
 from edgevlm.spec import ModelSpec, PromptSpec
 from edgevlm.splice import Plan, PlannedImage, Position, plan, positions, skip, splice
+from edgevlm.stream import Stream
 from edgevlm.vision import Picture, Vision, no_vision
 
 if TYPE_CHECKING:
@@ -30,36 +33,15 @@ if TYPE_CHECKING:
     from edgevlm.vision import ImageSource
 
 
-class Stream:
-    """An answer on its way: iterate over its pieces of text, once; `answer` is set when they are exhausted.
+@dataclass(frozen=True)
+class _Prompt:
+    """A prompt that the context holds: its size in positions, what was there already, and what to keep on disk."""
 
-    Leaving the loop early ends the generation.
-    """
-
-    def __init__(self, pieces: Generator[str, None, Answer]) -> None:
-        self.answer: Answer | None = None
-        self._pieces = pieces
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def finish(self) -> Answer:
-        """Draw what is left, and return the answer."""
-        for _ in self:
-            pass
-        assert self.answer is not None
-        return self.answer
-
-    def close(self) -> None:
-        """End the generation; `answer` stays None if it was not finished."""
-        self._pieces.close()
-
-    def __next__(self) -> str:
-        try:
-            return next(self._pieces)
-        except StopIteration as end:
-            self.answer = self.answer or end.value
-            raise StopIteration from None
+    timings: Timings
+    n_positions: int
+    n_image_rows: int
+    cached: int
+    state: tuple[list[Position], bytes] | None
 
 
 class Model:
@@ -93,7 +75,9 @@ class Model:
         self._vision = vision
         self._kept = kept
         self._identity = identity
-        self._format = _prompt_format(name, decoder, spec.prompt if spec else PromptSpec())
+        self._format = prompts.prompt_format(
+            name, decoder.header, decoder.vocabulary.control_tokens, spec.prompt if spec else PromptSpec()
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -153,6 +137,42 @@ class Model:
         self._decoder.check_open()
         return self._stream(chat_messages.conversation(messages), options)
 
+    def choose(
+        self,
+        prompt: str | Sequence[Any],
+        choices: Sequence[str],
+        images: Sequence[ImageSource] = (),
+        *,
+        system: str | None = None,
+    ) -> dict[str, float]:
+        """The probability of each choice, given that the answer is one of them; they sum up to 1.
+
+        By likelihood and not by free text (`edgevlm.choose`), which small models are far better at. The prompt is read
+        once. Arguments as for `ask`.
+
+        Raises:
+            EdgeVLMError: one of the classes in `edgevlm.errors`.
+
+        Example::
+
+            model.choose("Is the red lamp on?", ["yes", "no"], images=["panel.jpg"])  # {"yes": 0.98, "no": 0.02}
+        """
+        found = self.pick(prompt, choices, images, system=system).choices
+        assert found is not None
+        return found
+
+    def pick(
+        self,
+        prompt: str | Sequence[Any],
+        choices: Sequence[str],
+        images: Sequence[ImageSource] = (),
+        *,
+        system: str | None = None,
+    ) -> Answer:
+        """As `choose`, but as an answer: its text is the likeliest choice, its `choices` has the probabilities."""
+        self._decoder.check_open()
+        return self._choose(chat_messages.question(prompt, images, system), choices)
+
     def chat(self, *, system: str | None = None, drop_oldest: bool = False) -> Chat:
         """Begin a conversation that remembers its turns; see `edgevlm.chat.Chat`."""
         from edgevlm.chat import Chat
@@ -189,39 +209,67 @@ class Model:
     def _run(
         self, messages: list[Message], options: GenerateOptions, dropped_turns: int
     ) -> Generator[str, None, Answer]:
-        timings = Timings(load_s=self.load_s)
         started = time.perf_counter()
-        pictures = self._look(messages, timings)
-        # Counted before anything is encoded: a prompt that does not fit costs next to nothing.
-        segments = self._plan(messages, [picture.layout for picture in pictures])
-        self._check_room(segments)
-        cached, state = self._prefill(segments, pictures, timings)
-        usage_prompt = self._decoder.n_past
+        prompt = self._read(messages)
         generation = Generation(self._decoder, options)
         pieces = []
         for piece in generation:
             pieces.append(piece)
             yield piece
-        if state:
-            self._keep(*state)
+        timings = prompt.timings
         timings.first_token_s = generation.first_token_at - started
         timings.generate_s = generation.seconds
         timings.tokens_per_s = generation.tokens_per_s
+        return self._answer(
+            prompt,
+            "".join(pieces),
+            generation.finish_reason,
+            completion_tokens=len(generation.tokens),
+            dropped_turns=dropped_turns,
+        )
+
+    def _answer(
+        self, prompt: _Prompt, text: str, reason: FinishReason, *, completion_tokens: int, **more: Any
+    ) -> Answer:
+        if self._kept and self._identity and prompt.state:
+            self._kept.put_state(self._identity, *prompt.state)
         return Answer(
-            text="".join(pieces),
-            finish_reason=generation.finish_reason,
+            text=text,
+            finish_reason=reason,
             model=self.name,
             usage=Usage(
-                prompt_tokens=usage_prompt,
-                image_tokens=_n_image_rows(segments),
-                completion_tokens=len(generation.tokens),
-                cached_tokens=cached,
+                prompt_tokens=prompt.n_positions,
+                image_tokens=prompt.n_image_rows,
+                completion_tokens=completion_tokens,
+                cached_tokens=prompt.cached,
             ),
-            timings=timings,
+            timings=prompt.timings,
             peak_rss_bytes=peak_rss_bytes(),
-            dropped_turns=dropped_turns,
             warnings=self._kept.take_warnings() if self._kept else (),
+            **more,
         )
+
+    def _choose(self, messages: list[Message], choices: Sequence[str]) -> Answer:
+        """An answer whose text is the likeliest choice, and whose `choices` has all probabilities."""
+        checked = check_choices(choices)
+        started = time.perf_counter()
+        prompt = self._read(messages)
+        scoring = time.perf_counter()
+        found = probabilities(self._decoder, checked)
+        prompt.timings.first_token_s = time.perf_counter() - started
+        prompt.timings.generate_s = time.perf_counter() - scoring
+        best = max(checked, key=lambda choice: found[choice])
+        return self._answer(prompt, best, "stop", completion_tokens=0, choices=found)
+
+    def _read(self, messages: list[Message]) -> _Prompt:
+        """Everything up to the prompt's last logits."""
+        timings = Timings(load_s=self.load_s)
+        pictures = self._look(messages, timings)
+        # Counted before anything is encoded: a prompt that does not fit costs next to nothing.
+        segments = self._plan(messages, [picture.layout for picture in pictures])
+        self._check_room(segments)
+        cached, state = self._prefill(segments, pictures, timings)
+        return _Prompt(timings, sum(map(len, segments)), _n_image_rows(segments), cached, state)
 
     def _look(self, messages: list[Message], timings: Timings) -> list[Picture]:
         """The messages' pictures; those of a conversation have been looked at."""
@@ -282,11 +330,6 @@ class Model:
         found = self._kept.state(self._identity, held)
         return found is not None and self._decoder.restore(found, held)
 
-    def _keep(self, held: list[Position], state: bytes) -> None:
-        assert self._kept is not None
-        assert self._identity is not None
-        self._kept.put_state(self._identity, held, state)
-
     def _eyes(self) -> Vision:
         self._decoder.check_open()
         if self._vision is None:
@@ -302,20 +345,3 @@ def _end_of_images(segments: Plan) -> int:
     """Positions up to the end of the last picture; what can be shared by all questions about these pictures."""
     ends = [n + 1 for n, segment in enumerate(segments) if isinstance(segment, PlannedImage)]
     return sum(map(len, segments[: ends[-1]])) if ends else 0
-
-
-def _prompt_format(name: str, decoder: Decoder, literals: PromptSpec) -> prompts.PromptFormat:
-    template = decoder.header.chat_template
-    if template is None:
-        raise CapabilityError(
-            f"{name} carries no chat template; use a model that was trained for conversation",
-            code="capability.no_template",
-        )
-    return prompts.PromptFormat(
-        template=template,
-        bos=decoder.header.token("bos"),
-        eos=decoder.header.token("eos"),
-        control_tokens=decoder.vocabulary.control_tokens,
-        image_token=literals.image_token,
-        between_parts=literals.between_parts,
-    )

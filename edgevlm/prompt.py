@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgevlm.errors import CapabilityError, EdgeVLMError, UsageError
+from edgevlm.gguf import GGUFHeader
+from edgevlm.spec import PromptSpec
 from edgevlm.template import render_template
 
 Message = dict[str, Any]
@@ -54,6 +56,28 @@ class PromptFormat:
     control_tokens: tuple[str, ...]
     image_token: str | None = None
     between_parts: str | None = None
+
+
+def prompt_format(name: str, header: GGUFHeader, control_tokens: tuple[str, ...], literals: PromptSpec) -> PromptFormat:
+    """The format of a model that is called `name`; template and special tokens are in its GGUF file.
+
+    Raises:
+        CapabilityError: `capability.no_template`.
+    """
+    template = header.chat_template
+    if template is None:
+        raise CapabilityError(
+            f"{name} carries no chat template; use a model that was trained for conversation",
+            code="capability.no_template",
+        )
+    return PromptFormat(
+        template=template,
+        bos=header.token("bos"),
+        eos=header.token("eos"),
+        control_tokens=control_tokens,
+        image_token=literals.image_token,
+        between_parts=literals.between_parts,
+    )
 
 
 def render(messages: list[Message], form: PromptFormat) -> list[Piece]:

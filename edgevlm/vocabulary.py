@@ -33,6 +33,7 @@ class Vocabulary:
         self._check_open = check_open
         self.n_vocab: int = llama.llama_vocab_n_tokens(self._vocab)
         self.control_tokens = self._control_tokens()
+        self._end_tokens: list[int] | None = None
 
     def tokenize(self, text: str, add_bos: bool, parse_special: bool) -> list[int]:
         """Token ids of a text. `add_bos` obeys the vocabulary's own rule whether it has one at all.
@@ -97,6 +98,13 @@ class Vocabulary:
             if count >= 0:
                 return buffer.raw[:count]
             capacity = -count
+
+    def end_tokens(self) -> list[int]:
+        """All tokens for which `is_end` holds, in order."""
+        if self._end_tokens is None:
+            is_end = self._llama.llama_vocab_is_eog
+            self._end_tokens = [token for token in range(self.n_vocab) if is_end(self._vocab, token)]
+        return self._end_tokens
 
     def is_end(self, token: int) -> bool:
         """Whether the model ends its turn with this token (end of text, turn or message)."""

@@ -27,7 +27,8 @@ REFERENCES = {"torch", "transformers", "tokenizers", "safetensors"}
 BASE = {"errors", "files", "spec", "machine", "cgroup", "threads", "options", "answer", "progress", "text"}
 STAGES = {"_arrays", "_kernels", "bundle", "decoder", "describe", "encoder", "frames", "generate", "gguf", "gguf_llama",
           "image", "journal", "kernels", "layout", "llama", "preprocess", "prompt", "sampling", "splice", "storage",
-          "state_folder", "template", "tiling", "vocabulary", "vision", "kept", "blob", "messages"}  # fmt: skip
+          "template", "tiling", "vocabulary", "vision", "kept", "blob", "messages", "choose", "stream",
+          "state_folder"}  # fmt: skip
 CONVERTERS_MAY = {
     "errors", "files", "spec", "bundle", "storage", "llama", "encoder", "decoder", "families", "gguf", "journal",
     "image", "messages", "preprocess", "prompt",

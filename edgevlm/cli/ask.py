@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -50,28 +51,48 @@ def ask(
             help="Threads; or for each phase: encode=4,prefill=4,decode=2. [default: all cores]",
         ),
     ] = None,
+    choices: Annotated[
+        str | None,
+        typer.Option("--choices", metavar="A,B,...", help="Answer with the likeliest of these texts."),
+    ] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            "--state",
+            metavar="FOLDER",
+            envvar="EDGEVLM_STATE",
+            help="Keep there what was computed of pictures, for the next time. [default: nothing is kept]",
+        ),
+    ] = None,
     json_output: Annotated[
         bool, typer.Option("--json", help="Print one JSON object with the answer, usage, timings and memory.")
     ] = False,
 ) -> None:
     """Answer one question, with or without pictures.
 
-    The answer streams to stdout; on a terminal, a line of timings follows on stderr.
+    Pictures come before the prompt, or where it says {image}. The answer streams to stdout; on a terminal, a line of
+    timings follows on stderr.
 
     \b
     Examples:
       edgevlm ask "What does the display read?" -i panel.jpg
       edgevlm ask "Which lamps are on?" -i - --json < panel.jpg
+      edgevlm ask "Is the red lamp on?" -i panel.jpg --choices yes,no
+      edgevlm ask "{image} is new, {image} is worn. What changed?" -i new.jpg -i worn.jpg -m ./smolvlm
       edgevlm ask "Why is the sky blue?" -m smollm2.gguf --max-tokens 80
     """
     from edgevlm.loading import load
+    from edgevlm.messages import marked
     from edgevlm.threads import parse_threads
 
     question, images = inputs(prompt, image or [])
-    with load(model, context=context, threads=parse_threads(threads)) as loaded:
+    parts = marked(question, images)
+    with load(model, context=context, threads=parse_threads(threads), state=state) as loaded:
+        if choices is not None:
+            _report(loaded.pick(parts, choices.split(","), system=system), json_output, streamed=False)
+            return
         stream = loaded.stream(
-            question,
-            images,
+            parts,
             system=system,
             max_tokens=max_tokens,
             temperature=temperature,
@@ -83,13 +104,14 @@ def ask(
         for piece in stream:
             if not json_output:
                 write(piece)
-        answer = stream.answer
-    assert answer is not None
-    _report(answer, json_output)
+        answer = stream.finish()
+    _report(answer, json_output, streamed=True)
 
 
-def _report(answer: Answer, json_output: bool) -> None:
-    print_result(answer.to_json(), "", json_output)
+def _report(answer: Answer, json_output: bool, *, streamed: bool) -> None:
+    print_result(answer.to_json(), "" if streamed else _chosen(answer), json_output)
+    for warning in answer.warnings:
+        typer.echo(f"edgevlm: warning: {warning}", err=True)
     if not json_output and sys.stderr.isatty():
         t, u = answer.timings, answer.usage
         typer.echo(
@@ -98,3 +120,10 @@ def _report(answer: Answer, json_output: bool) -> None:
             f"at {t.tokens_per_s:.0f}/s, peak {answer.peak_rss_bytes / 1e6:.0f} MB",
             err=True,
         )
+
+
+def _chosen(answer: Answer) -> str:
+    """The choices with their probabilities, the likeliest first: its line begins the output."""
+    assert answer.choices is not None
+    ranked = sorted(answer.choices.items(), key=lambda item: -item[1])
+    return "\n".join(f"{choice}\t{probability:.4f}" for choice, probability in ranked)

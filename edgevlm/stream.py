@@ -1,0 +1,39 @@
+"""An answer on its way."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+
+from edgevlm.answer import Answer
+
+
+class Stream:
+    """An answer on its way: iterate over its pieces of text, once; `answer` is set when they are exhausted.
+
+    Leaving the loop early ends the generation.
+    """
+
+    def __init__(self, pieces: Generator[str, None, Answer]) -> None:
+        self.answer: Answer | None = None
+        self._pieces = pieces
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def finish(self) -> Answer:
+        """Draw what is left, and return the answer."""
+        for _ in self:
+            pass
+        assert self.answer is not None
+        return self.answer
+
+    def close(self) -> None:
+        """End the generation; `answer` stays None if it was not finished."""
+        self._pieces.close()
+
+    def __next__(self) -> str:
+        try:
+            return next(self._pieces)
+        except StopIteration as end:
+            self.answer = self.answer or end.value
+            raise StopIteration from None
