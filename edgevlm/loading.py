@@ -9,15 +9,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from edgevlm.bundle import BUILTIN, Bundle, open_bundle
-from edgevlm.decoder import Decoder, KVType
+from edgevlm.bundle import BUILTIN, Bundle, Manifest, open_bundle, read_manifest
+from edgevlm.decoder import Decoder, KVType, context_size
 from edgevlm.encoder import Encoder
 from edgevlm.errors import BundleError, FileError
+from edgevlm.footprint import Settings, resident
+from edgevlm.gguf import read_header
 from edgevlm.kept import Kept
 from edgevlm.llama import cpu_features
 from edgevlm.machine import available_bytes, cpu_name
+from edgevlm.memory import Files, MemoryPlan, parse_size, plan_memory
 from edgevlm.pipeline import Model
-from edgevlm.threads import ThreadsLike, resolve_threads
+from edgevlm.threads import Threads, ThreadsLike, resolve_threads
 from edgevlm.vision import Vision
 
 #: The memory cache of embeddings: a 32nd of what is available, between these.
@@ -32,6 +35,7 @@ def load(
     threads: ThreadsLike = None,
     kv_type: KVType = "f16",
     state: str | os.PathLike[str] | None = None,
+    ram_budget: str | int | None = None,
 ) -> Model:
     """Load a model.
 
@@ -43,8 +47,11 @@ def load(
         kv_type: Type of the key/value cache; `f32` is for comparisons with the reference.
         state: A folder in which pictures' embeddings and the decoder's state behind them are kept, for the next
             process; None keeps nothing on disk.
+        ram_budget: The most that this process may hold, such as `"900MB"` or a number of bytes: `edgevlm.memory` says
+            what is given up for it, and `model.memory` what was. None takes what is best for speed.
 
     Raises:
+        MemoryPlanError: it does not fit into the budget, or certainly not into memory.
         EdgeVLMError: the model is missing, damaged, or not for this version.
 
     Example::
@@ -52,39 +59,95 @@ def load(
         with edgevlm.load() as model:
             print(model.ask("What does the display read?", images=["panel.jpg"]).text)
     """
-    threads = resolve_threads(threads)
+    counts, budget = resolve_threads(threads), parse_size(ram_budget)
     started = time.perf_counter()
     path = BUILTIN if model is None else Path(model)
     # os.path answers False where Path would raise, for a NUL or a name too long; an empty name would mean this folder.
     if model == "" or not os.path.exists(path):
         raise FileError(f"there is no model `{model}`; give a bundle folder or a .gguf file", code="file.not_found")
-    if os.path.isdir(path):
-        loaded = _load_bundle(path, context, threads, kv_type, state)
-    else:
-        loaded = Model(path.name, Decoder(path, context=context, threads=threads, kv_type=kv_type))
+    bundle = open_bundle(path) if os.path.isdir(path) else None
+    files = _files(bundle.path("decoder") if bundle else path, bundle.manifest if bundle else None)
+    plan = _plan(files, context, kv_type, budget)
+    decoder = _open_decoder(files, plan, counts)
+    loaded = _with_bundle(path, bundle, decoder, plan, counts, state) if bundle else Model(path.name, decoder)
+    loaded.memory = plan
     loaded.load_s = time.perf_counter() - started
     return loaded
 
 
-def _load_bundle(
-    folder: Path, context: int | None, threads: ThreadsLike, kv_type: KVType, state: str | os.PathLike[str] | None
+def forecast(
+    model: str | os.PathLike[str] | None = None, *, context: int | None = None, ram_budget: str | int | None = None
+) -> MemoryPlan:
+    """What memory a model would take, and how `load` would fit it; arguments are those of `load`.
+
+    Nothing is loaded, and the files are not checked against their hashes.
+
+    Raises:
+        EdgeVLMError: as `load`.
+    """
+    path = BUILTIN if model is None else Path(model)
+    manifest = read_manifest(path) if os.path.isdir(path) else None
+    decoder = path
+    if manifest is not None:
+        decoder = path / next(entry.name for entry in manifest.files if entry.role == "decoder")
+    return _plan(_files(decoder, manifest), context, "f16", parse_size(ram_budget))
+
+
+def _files(decoder: Path, manifest: Manifest | None) -> Files:
+    features = cpu_features()  # before the measurement: it loads the library
+    before = resident()
+    return Files(header=read_header(decoder), manifest=manifest, features=features, before=before)
+
+
+def _plan(files: Files, context: int | None, kv_type: KVType, budget: int | None) -> MemoryPlan:
+    settings = Settings(context=context_size(files.header, context), kv_type=kv_type)
+    return plan_memory(files, settings, budget=budget, context_is_fixed=context is not None)
+
+
+def _open_decoder(files: Files, plan: MemoryPlan, threads: Threads) -> Decoder:
+    chosen = plan.settings
+    return Decoder(
+        files.header.path,
+        header=files.header,
+        context=chosen.context,
+        threads=threads,
+        kv_type=chosen.kv_type,
+        repack=chosen.repack,
+        batch=chosen.batch,
+    )
+
+
+def _with_bundle(
+    folder: Path,
+    bundle: Bundle,
+    decoder: Decoder,
+    plan: MemoryPlan,
+    threads: Threads,
+    state: str | os.PathLike[str] | None,
 ) -> Model:
-    bundle = open_bundle(folder)
-    spec, vision, kept = bundle.spec, None, None
-    decoder = Decoder(bundle.path("decoder"), context=context, threads=threads, kv_type=kv_type)
     _check_pair(folder, bundle, decoder)
+    spec, vision, kept = bundle.spec, None, None
     if spec.encoder is not None:
-        open_encoder = functools.partial(Encoder, bundle.path("encoder"), spec.encoder, threads=threads)
+        in_turns = plan.settings.encoder == "released"
         kept = Kept(state) if state else None
-        vision = Vision(bundle, open_encoder, cache_bytes=_cache_bytes(), kept=kept)
-        if kept is None:
+        vision = Vision(
+            bundle,
+            functools.partial(Encoder, bundle.path("encoder"), spec.encoder, threads=threads),
+            cache_bytes=_cache_bytes(plan),
+            kept=kept,
+            make_room=decoder.set_aside if in_turns else None,
+        )
+        if kept is None and not in_turns:
             vision.load()  # with a cache on disk it may not be needed
-    return Model(spec.name, decoder, spec, vision, kept=kept, identity=_state_identity(bundle, decoder, kv_type))
+    identity = _state_identity(bundle, decoder, plan.settings.kv_type)
+    return Model(spec.name, decoder, spec, vision, kept=kept, identity=identity)
 
 
-def _cache_bytes() -> int:
-    """Memory for embeddings: a part of what is free, and enough for hundreds of pictures of a small model."""
-    return max(_LEAST_CACHE_BYTES, min(_MOST_CACHE_BYTES, available_bytes() // _CACHE_PART))
+def _cache_bytes(plan: MemoryPlan) -> int:
+    """Memory for embeddings: a part of what is free, and enough for hundreds of pictures of a small model; of a budget
+    half of what is left."""
+    free = max(_LEAST_CACHE_BYTES, min(_MOST_CACHE_BYTES, available_bytes() // _CACHE_PART))
+    return free if plan.left is None else min(free, plan.left // 2)
 
 
 def _state_identity(bundle: Bundle, decoder: Decoder, kv_type: KVType) -> dict[str, Any]:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgevlm.chat import Chat
+    from edgevlm.memory import MemoryPlan
     from edgevlm.vision import ImageSource
 
 
@@ -71,6 +72,8 @@ class Model:
         self.name = name
         self.spec = spec
         self.load_s = 0.0
+        #: How it was fitted into memory; None if it was not made by `load`.
+        self.memory: MemoryPlan | None = None
         self._decoder = decoder
         self._vision = vision
         self._kept = kept
@@ -193,7 +196,10 @@ class Model:
         """What the decoder would be fed for a picture: float32 [n_tokens, n_embd], read-only."""
         vision = self._eyes()
         timings = Timings()
-        return vision.embed(vision.look(image, timings), timings)
+        try:
+            return vision.embed(vision.look(image, timings), timings)
+        finally:
+            vision.done()
 
     # ---- the stages
 
@@ -311,10 +317,10 @@ class Model:
         if cached < n_shared and self._restore(wanted[:n_shared]):
             cached = self._decoder.begin(wanted)
         left = skip(segments, cached)
-        embeds = {
-            index: (pictures[index].key, self._eyes().embed(pictures[index], timings))
-            for index in {segment.index for segment in left if isinstance(segment, PlannedImage)}
-        }
+        embeds = self._embeds(left, pictures, timings)
+        if self._decoder.n_past < cached:  # what it held was given up to make room for the encoder
+            cached, left = 0, list(segments)
+            embeds |= self._embeds(left, pictures, timings)
         state = None
         with timings.measure("prefill_s"):
             if cached < n_shared:
@@ -323,6 +329,19 @@ class Model:
                 left = skip(segments, n_shared)
             self._decoder.prefill(splice(left, embeds))
         return cached, state
+
+    def _embeds(
+        self, left: Plan, pictures: Sequence[Picture], timings: Timings
+    ) -> dict[int, tuple[str, NDArray[np.float32]]]:
+        """Key and embeddings of each picture that is to be decoded, by its number."""
+        wanted = {segment.index for segment in left if isinstance(segment, PlannedImage)}
+        try:
+            return {
+                index: (pictures[index].key, self._eyes().embed(pictures[index], timings)) for index in sorted(wanted)
+            }
+        finally:
+            if wanted:
+                self._eyes().done()
 
     def _restore(self, held: list[Position]) -> bool:
         assert self._kept is not None

@@ -23,6 +23,7 @@ from edgevlm.errors import CapabilityError
 from edgevlm.image import load_image, read_image
 from edgevlm.kept import Kept
 from edgevlm.layout import ImageLayout, Rows, image_layout
+from edgevlm.native import trim
 from edgevlm.preprocess import preprocess_batches
 
 if TYPE_CHECKING:
@@ -65,10 +66,18 @@ class Vision:
         open_encoder: Loads the encoder; called at the first picture that no cache knows, and again after `release`.
         cache_bytes: Most bytes of embeddings to hold in memory; the least recently used go first.
         kept: The cache on disk, or None.
+        make_room: Called before the encoder is loaded, if there is no room for it beside the decoder; `done` then gives
+            it back.
     """
 
     def __init__(
-        self, bundle: Bundle, open_encoder: Callable[[], Encoder], *, cache_bytes: int, kept: Kept | None = None
+        self,
+        bundle: Bundle,
+        open_encoder: Callable[[], Encoder],
+        *,
+        cache_bytes: int,
+        kept: Kept | None = None,
+        make_room: Callable[[], None] | None = None,
     ) -> None:
         assert bundle.spec.image is not None
         self.image_spec = bundle.spec.image
@@ -78,6 +87,7 @@ class Vision:
         self._identity = _identity(bundle)
         self._embeds = Embeddings(cache_bytes)
         self._kept = kept
+        self._make_room = make_room
         self._sources: OrderedDict[str, tuple[str, ImageLayout]] = OrderedDict()
 
     def load(self) -> Encoder:
@@ -86,12 +96,22 @@ class Vision:
         Raises:
             BackendError, DependencyError: it cannot be loaded.
         """
-        self._encoder = self._encoder or self._open_encoder()
+        if self._encoder is None:
+            if self._make_room:
+                self._make_room()
+            self._encoder = self._open_encoder()
         return self._encoder
 
     def release(self) -> None:
         """Give the encoder's memory back; embeddings stay."""
-        self._encoder = None
+        if self._encoder is not None:
+            self._encoder = None
+            trim()
+
+    def done(self) -> None:
+        """The pictures of a question are encoded: release an encoder that takes turns with the decoder."""
+        if self._make_room:
+            self.release()
 
     def close(self) -> None:
         """Give everything back."""

@@ -28,7 +28,8 @@ BASE = {"errors", "files", "spec", "machine", "cgroup", "threads", "options", "a
 STAGES = {"_arrays", "_kernels", "bundle", "decoder", "describe", "encoder", "frames", "generate", "gguf", "gguf_llama",
           "image", "journal", "kernels", "layout", "llama", "preprocess", "prompt", "sampling", "splice", "storage",
           "template", "tiling", "vocabulary", "vision", "kept", "blob", "messages", "choose", "stream",
-          "state_folder"}  # fmt: skip
+          "state_folder",
+          "native", "footprint", "memory"}  # fmt: skip
 CONVERTERS_MAY = {
     "errors", "files", "spec", "bundle", "storage", "llama", "encoder", "decoder", "families", "gguf", "journal",
     "image", "messages", "preprocess", "prompt",

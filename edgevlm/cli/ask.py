@@ -51,6 +51,14 @@ def ask(
             help="Threads; or for each phase: encode=4,prefill=4,decode=2. [default: all cores]",
         ),
     ] = None,
+    ram_budget: Annotated[
+        str | None,
+        typer.Option(
+            "--ram-budget",
+            metavar="SIZE",
+            help="Hold at most so much memory, such as 900MB. [default: what is fastest]",
+        ),
+    ] = None,
     choices: Annotated[
         str | None,
         typer.Option("--choices", metavar="A,B,...", help="Answer with the likeliest of these texts."),
@@ -87,7 +95,7 @@ def ask(
 
     question, images = inputs(prompt, image or [])
     parts = marked(question, images)
-    with load(model, context=context, threads=parse_threads(threads), state=state) as loaded:
+    with load(model, context=context, threads=parse_threads(threads), state=state, ram_budget=ram_budget) as loaded:
         if choices is not None:
             _report(loaded.pick(parts, choices.split(","), system=system), json_output, streamed=False)
             return
