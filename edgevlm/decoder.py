@@ -19,7 +19,7 @@ from edgevlm.gguf import GGUFHeader, read_header
 from edgevlm.llama import clear_log, last_log, library
 from edgevlm.native import ContextOptions, KVType, Native
 from edgevlm.splice import ImageSegment, Position, Segment, TextSegment
-from edgevlm.threads import ThreadsLike, resolve_threads
+from edgevlm.threads import Threads, ThreadsLike, resolve_threads
 from edgevlm.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Decoder:
         repack: bool = True,
         batch: int = _N_BATCH,
     ) -> None:
-        counts = resolve_threads(threads)
+        self.threads = resolve_threads(threads)
         self.header = header or read_header(path)
         self.n_context = context_size(self.header, context)
         self._llama = library()
@@ -79,7 +79,7 @@ class Decoder:
         self.n_scored = min(scored, batch)
         self._native.open_context(
             ContextOptions(
-                n_context=self.n_context, n_batch=batch, n_outputs=self.n_scored, threads=counts, kv_type=kv_type
+                n_context=self.n_context, n_batch=batch, n_outputs=self.n_scored, threads=self.threads, kv_type=kv_type
             )
         )
         #: What the context holds: for each position the token's id, or which row of which picture.
@@ -115,6 +115,13 @@ class Decoder:
     def _context(self) -> Any:
         """llama.cpp's context, made anew if it was set aside."""
         return self._native.context()
+
+    def use_threads(self, threads: Threads) -> None:
+        """Change the numbers of threads from now on."""
+        self.check_open()
+        with self._busy:
+            self._native.use_threads(threads)
+        self.threads = threads
 
     def set_aside(self) -> None:
         """Give back cache and buffers until something is decoded, to make room for the encoder; what the context held

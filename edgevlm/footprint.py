@@ -26,8 +26,8 @@ _LIBRARIES = {
 }  # fmt: skip
 #: Pages of llama.cpp's code that running it brings in.
 _CODE = int(2.6 * _MB)
-#: ONNX Runtime's objects of a session; llama.cpp's of a model and its context.
-_SESSION, _CONTEXT = 5.0 * _MB, 4.0 * _MB
+#: ONNX Runtime's objects of a session, of which nothing comes back; llama.cpp's of a model and its context.
+_SESSION, _CONTEXT = 5 * _MB, 4 * _MB
 #: For each entry of the vocabulary, and for each merge, in llama.cpp and in our header.
 _TOKEN_BYTES, _MERGE_BYTES = 260, 174
 #: Bytes of a merge in the file, about.
@@ -191,8 +191,8 @@ def with_encoder(
     tile_bytes = 3 * image.height_px * image.width_px * 4
     return replace(
         found,
-        process=found.process + _libraries(["PIL", "onnxruntime"]),
-        encoder=Part(int(weights + _SESSION)),
+        process=found.process + _libraries(["PIL", "onnxruntime"]) + Part(_SESSION),
+        encoder=Part(int(weights)),
         activations=Part(int(_activation_bytes(spec, patches) + scratch)),
         picture=Part(4 * picture_px[0] * picture_px[1]),
         tiles=Part(n_tiles * (tile_bytes + 2 * 4 * spec.n_tokens * spec.n_embd)),

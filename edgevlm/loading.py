@@ -21,6 +21,7 @@ from edgevlm.machine import available_bytes, cpu_name
 from edgevlm.memory import Files, MemoryPlan, parse_size, plan_memory
 from edgevlm.pipeline import Model
 from edgevlm.threads import Threads, ThreadsLike, resolve_threads
+from edgevlm.tuning import identity, recall
 from edgevlm.vision import Vision
 
 #: The memory cache of embeddings: a 32nd of what is available, between these.
@@ -42,8 +43,8 @@ def load(
     Args:
         model: A bundle folder or a `.gguf` file (text only); None is the built-in panel reader.
         context: Positions to reserve for prompt and answer; None takes up to 4096.
-        threads: Threads for every phase, or a count for each: `{"encode": 4, "prefill": 4, "decode": 2}`; what is left
-            out keeps its default, every core that this process may use.
+        threads: Threads for every phase, or a count for each: `{"encode": 4, "prefill": 4, "decode": 2}`. What is left
+            out is as `Model.tune` found on this machine, or else every core that this process may use.
         kv_type: Type of the key/value cache; `f32` is for comparisons with the reference.
         state: A folder in which pictures' embeddings and the decoder's state behind them are kept, for the next
             process; None keeps nothing on disk.
@@ -59,7 +60,8 @@ def load(
         with edgevlm.load() as model:
             print(model.ask("What does the display read?", images=["panel.jpg"]).text)
     """
-    counts, budget = resolve_threads(threads), parse_size(ram_budget)
+    resolve_threads(threads)  # a count that cannot be is refused before anything is read
+    budget = parse_size(ram_budget)
     started = time.perf_counter()
     path = BUILTIN if model is None else Path(model)
     # os.path answers False where Path would raise, for a NUL or a name too long; an empty name would mean this folder.
@@ -68,9 +70,11 @@ def load(
     bundle = open_bundle(path) if os.path.isdir(path) else None
     files = _files(bundle.path("decoder") if bundle else path, bundle.manifest if bundle else None)
     plan = _plan(files, context, kv_type, budget)
+    owner = identity(path, bundle)
+    counts = resolve_threads(threads, None if isinstance(threads, int) else recall(owner))
     decoder = _open_decoder(files, plan, counts)
     loaded = _with_bundle(path, bundle, decoder, plan, counts, state) if bundle else Model(path.name, decoder)
-    loaded.memory = plan
+    loaded.memory, loaded.tuning_identity = plan, owner
     loaded.load_s = time.perf_counter() - started
     return loaded
 
@@ -132,10 +136,11 @@ def _with_bundle(
         kept = Kept(state) if state else None
         vision = Vision(
             bundle,
-            functools.partial(Encoder, bundle.path("encoder"), spec.encoder, threads=threads),
+            functools.partial(Encoder, bundle.path("encoder"), spec.encoder),
             cache_bytes=_cache_bytes(plan),
             kept=kept,
             make_room=decoder.set_aside if in_turns else None,
+            threads=threads,
         )
         if kept is None and not in_turns:
             vision.load()  # with a cache on disk it may not be needed

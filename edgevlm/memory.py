@@ -170,7 +170,7 @@ def plan_memory(
         _refuse_hopeless(wanted)
         return wanted
     least = wanted
-    for choice in _choices(files, settings, context_is_fixed):
+    for choice in _choices(files, settings, context_is_fixed=context_is_fixed):
         found = replace(
             wanted, settings=choice, footprint=files.footprint(choice), given_up=_given_up(settings, choice)
         )
@@ -180,7 +180,7 @@ def plan_memory(
     raise _refusal(least, budget, files, context_is_fixed)
 
 
-def _choices(files: Files, settings: Settings, context_is_fixed: bool) -> Iterator[Settings]:
+def _choices(files: Files, settings: Settings, *, context_is_fixed: bool) -> Iterator[Settings]:
     """From what is wanted to what takes least."""
     yield settings
     plain = replace(settings, repack=False)

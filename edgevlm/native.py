@@ -12,7 +12,7 @@ import os
 import re
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,6 +85,13 @@ class Native:
             assert self._options is not None
             self.open_context(self._options)
         return self._context
+
+    def use_threads(self, threads: Threads) -> None:
+        """Change the numbers of threads from now on."""
+        assert self._options is not None
+        self._options = replace(self._options, threads=threads)
+        if self._close_context is not None:
+            self._llama.llama_set_n_threads(self._context, threads.decode, threads.prefill)
 
     def set_aside(self) -> None:
         """Give back the context, and the pages of the weights' file."""

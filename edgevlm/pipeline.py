@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from edgevlm.chat import Chat
     from edgevlm.memory import MemoryPlan
+    from edgevlm.tuning import Tuned
     from edgevlm.vision import ImageSource
 
 
@@ -74,6 +75,8 @@ class Model:
         self.load_s = 0.0
         #: How it was fitted into memory; None if it was not made by `load`.
         self.memory: MemoryPlan | None = None
+        #: What a tuning of it belongs to (`edgevlm.tuning`); empty if it was not made by `load`.
+        self.tuning_identity: dict[str, Any] = {}
         self._decoder = decoder
         self._vision = vision
         self._kept = kept
@@ -181,6 +184,23 @@ class Model:
         from edgevlm.chat import Chat
 
         return Chat(self, system=system, drop_oldest=drop_oldest)
+
+    def tune(self, *, rounds: int = 5) -> Tuned:
+        """Measure which numbers of threads are best for this model on this machine; `load` uses them from then on.
+
+        Takes about a second for each round and number on a small model. They are kept in the folder for state
+        (`edgevlm.state_folder`); if that cannot be written, a warning says so.
+
+        Raises:
+            BackendError: the model failed.
+        """
+        from edgevlm import tuning
+
+        self._decoder.check_open()
+        tuned = tuning.tune(self._decoder, self._vision, rounds=rounds)
+        if self.tuning_identity:
+            tuning.keep(tuned, self.tuning_identity)
+        return tuned
 
     def preprocess(self, image: ImageSource) -> NDArray[np.float32] | list[NDArray[np.float32]]:
         """The tensor that the encoder would be fed: float32 [T, 3, height_px, width_px].

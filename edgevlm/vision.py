@@ -25,6 +25,7 @@ from edgevlm.kept import Kept
 from edgevlm.layout import ImageLayout, Rows, image_layout
 from edgevlm.native import trim
 from edgevlm.preprocess import preprocess_batches
+from edgevlm.threads import Threads
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,21 +64,24 @@ class Vision:
 
     Args:
         bundle: A bundle that has an encoder.
-        open_encoder: Loads the encoder; called at the first picture that no cache knows, and again after `release`.
+        open_encoder: Loads the encoder; called with `threads` at the first picture that no cache knows, and again after
+            `release`.
         cache_bytes: Most bytes of embeddings to hold in memory; the least recently used go first.
         kept: The cache on disk, or None.
         make_room: Called before the encoder is loaded, if there is no room for it beside the decoder; `done` then gives
             it back.
+        threads: For the encoder; None is the default.
     """
 
     def __init__(
         self,
         bundle: Bundle,
-        open_encoder: Callable[[], Encoder],
+        open_encoder: Callable[..., Encoder],
         *,
         cache_bytes: int,
         kept: Kept | None = None,
         make_room: Callable[[], None] | None = None,
+        threads: Threads | None = None,
     ) -> None:
         assert bundle.spec.image is not None
         self.image_spec = bundle.spec.image
@@ -88,6 +92,7 @@ class Vision:
         self._embeds = Embeddings(cache_bytes)
         self._kept = kept
         self._make_room = make_room
+        self._threads = threads
         self._sources: OrderedDict[str, tuple[str, ImageLayout]] = OrderedDict()
 
     def load(self) -> Encoder:
@@ -99,8 +104,14 @@ class Vision:
         if self._encoder is None:
             if self._make_room:
                 self._make_room()
-            self._encoder = self._open_encoder()
+            self._encoder = self._open_encoder(threads=self._threads)
         return self._encoder
+
+    def use_threads(self, threads: Threads) -> None:
+        """Load the encoder with these numbers of threads from now on."""
+        if threads != self._threads:
+            self._threads = threads
+            self.release()
 
     def release(self) -> None:
         """Give the encoder's memory back; embeddings stay."""

@@ -1,6 +1,6 @@
 """The estimate of memory beside the measured peak, for models of real sizes: by hand, not in CI.
 
-    python tests/check_memory.py [llama.cpp=SOURCES] [folder=DIR] [only=NAME,...]
+    python tests/check_memory.py [llama.cpp=SOURCES] [folder=DIR] [only=NAME;...]
 
 Each case runs in a fresh process, which fills the context, so that the whole cache and a whole batch are used, and
 looks at two different pictures. Measured are VmHWM and, every few milliseconds, RssAnon and RssFile. SOURCES is
@@ -183,9 +183,11 @@ def cases(folder: Path, sources: Path | None) -> list[Case]:
 
 def row(case: Case, result: Result) -> str:
     plan, mb = result.plan["settings"], 1e6
-    settings = f"{plan['context']}, {plan['batch']}, {'copied' if plan['repack'] else 'mapped'}, {plan['encoder']}"
+    kind = "copied" if plan["repack"] else "mapped"
+    settings = f"{plan['context']}, {plan['batch']}, {kind}, {plan['encoder']}"
     peaks = f"{result.peak / mb:.0f} | {result.estimate / mb:.0f} | {100 * result.error:+.1f} %"
-    return f"| {case.name} | {settings} | {peaks} | {result.own / mb:.0f} | {result.estimate_own / mb:.0f} | {result.mapped / mb:.0f} |"
+    kinds = f"{result.own / mb:.0f} | {result.estimate_own / mb:.0f} | {result.mapped / mb:.0f}"
+    return f"| {case.name} | {settings} | {peaks} | {kinds} |"
 
 
 def main() -> None:
@@ -199,7 +201,7 @@ def main() -> None:
     print("| Model | Context, batch, weights, encoder | Peak, MB | Estimate | Error | Own | Estimate | Mapped |\n"
           "|---|---|---:|---:|---:|---:|---:|---:|", flush=True)  # fmt: skip
     for case in cases(folder, sources):
-        if any(word in case.name for word in given.get("only", case.name).split(",")):
+        if any(word in case.name for word in given.get("only", case.name).split(";")):
             print(row(case, measure(case)), flush=True)
 
 

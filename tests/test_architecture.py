@@ -29,7 +29,8 @@ STAGES = {"_arrays", "_kernels", "bundle", "decoder", "describe", "encoder", "fr
           "image", "journal", "kernels", "layout", "llama", "preprocess", "prompt", "sampling", "splice", "storage",
           "template", "tiling", "vocabulary", "vision", "kept", "blob", "messages", "choose", "stream",
           "state_folder",
-          "native", "footprint", "memory"}  # fmt: skip
+          "native", "footprint", "memory",
+          "tuning"}  # fmt: skip
 CONVERTERS_MAY = {
     "errors", "files", "spec", "bundle", "storage", "llama", "encoder", "decoder", "families", "gguf", "journal",
     "image", "messages", "preprocess", "prompt",
