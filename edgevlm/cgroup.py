@@ -87,30 +87,34 @@ def _ratio(quota: str, period: str) -> float | None:
 
 
 def _room_v2(folder: Path) -> int | None:
-    limits = [_number(_text(folder / name)) for name in ("memory.max", "memory.high")]
+    limits = [_number(_memory(folder, name)) for name in ("max", "high")]
     stat = _stat(folder)
     reclaimable = stat.get("inactive_file", 0) + stat.get("active_file", 0) + stat.get("slab_reclaimable", 0)
-    return _room([limit for limit in limits if limit is not None], folder / "memory.current", reclaimable)
+    return _room([limit for limit in limits if limit is not None], _memory(folder, "current"), reclaimable)
 
 
 def _room_v1(folder: Path) -> int | None:
-    limit = _number(_text(folder / "memory.limit_in_bytes"))
+    limit = _number(_memory(folder, "limit_in_bytes"))
     stat = _stat(folder)
     reclaimable = stat.get("total_inactive_file", 0) + stat.get("total_active_file", 0)
     limits = [] if limit is None or limit >= _NO_LIMIT else [limit]
-    return _room(limits, folder / "memory.usage_in_bytes", reclaimable)
+    return _room(limits, _memory(folder, "usage_in_bytes"), reclaimable)
 
 
-def _room(limits: list[int], usage: Path, reclaimable: int) -> int | None:
-    used = _number(_text(usage))
+def _room(limits: list[int], usage: str, reclaimable: int) -> int | None:
+    used = _number(usage)
     if not limits or used is None:
         return min(limits, default=None)
     return max(0, min(limits) - max(0, used - reclaimable))
 
 
 def _stat(folder: Path) -> dict[str, int]:
-    pairs = (line.split() for line in _lines(folder / "memory.stat"))
+    pairs = (line.split() for line in _memory(folder, "stat").splitlines())
     return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
+
+
+def _memory(folder: Path, name: str) -> str:
+    return _text(folder / f"memory.{name}")
 
 
 def _number(text: str) -> int | None:

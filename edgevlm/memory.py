@@ -29,7 +29,7 @@ from edgevlm.gguf import GGUFHeader
 from edgevlm.machine import available_bytes
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
-_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,6})?)\s*([A-Z]{0,3})")
+_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([A-Z]{0,3})")
 #: A budget never takes the context below this, or a picture and `_TALK` positions.
 _LEAST_CONTEXT, _TALK = 512, 256
 #: With the encoder in memory, a budget rather lets it go than take the context below this.
