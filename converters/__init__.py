@@ -7,7 +7,7 @@ resolve.py      family + JSON -> every number            mapping.py       every 
 tokenizer.py    tokenizer files -> GGUF keys             gguf_decoder.py  the decoder's file (gguf_file.py)
 decoder.py      what becomes of the decoder              imatrix.py, tensor_types.py   what steers its quantizer
 targets.py      which type suits a device                quant.py         llama.cpp's quantizer
-loadable.py     the decoder's file, as the runtime sees it
+loadable.py     the decoder's file, as the runtime sees it               finite.py   NaN in any stored type
 encoder.py      what becomes of the encoder              onnx_vision.py   its graph (onnx_graph.py, onnx_products.py)
 calibration.py  pictures to compare encoders on          smoothing.py     what int8 needs     verify.py  what it cost
 fidelity.py     what it cost the answers                 limits.py        and what is too much

@@ -119,7 +119,7 @@ def write(
     reference_TND = np.concatenate([run.pop("embeds_TND") for run in runs])
     if probes is None:
         return _attempt(path, vision, weights, quant, {}, reference_TND, pictures)
-    choices = smoothing.choose(smoothing.observe(runs, probes), probes)
+    choices = smoothing.choose(smoothing.observe(runs, probes), probes) | smoothing.choose_attentions(runs)
     return _best_int8(path, vision, weights, choices, reference_TND, pictures)
 
 
@@ -140,7 +140,7 @@ def _best_int8(
     reference_TND: NDArray[np.float32],
     pictures: Pictures,
 ) -> dict[str, Any]:
-    """Write the int8 graph; if it is beyond a limit, again with more products in float32."""
+    """Write the int8 graph; if it is beyond a limit, again with more products and attentions in float32."""
     treatments = {name: choice.treatment for name, choice in choices.items()}
     cost = _attempt(path, vision, weights, "int8", treatments, reference_TND, pictures)
     left = [name for name, choice in choices.items() if not choice.treatment.exact]
@@ -154,7 +154,8 @@ def _best_int8(
         cost = _attempt(path, vision, weights, "int8", treatments, reference_TND, pictures)
     smoothed = sum(treatment.smooth_K is not None and not treatment.exact for treatment in treatments.values())
     in_float = sorted(name for name, treatment in treatments.items() if treatment.exact)
-    return {**cost, "products": len(treatments), "smoothed": smoothed, "in_float32": in_float}
+    attentions = sum(name.endswith(".attention") for name in treatments)
+    return {**cost, "products": len(treatments) - attentions, "smoothed": smoothed, "in_float32": in_float}
 
 
 def _attempt(

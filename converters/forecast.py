@@ -182,7 +182,7 @@ def measure_encoder(
 
     path = Path("encoder.onnx")
     graph = MeasuredGraph("encoder", path.with_name(path.name + ".data"), on_weight)
-    onnx_vision.build_graph(graph, path, vision, reader(tower), reader(connector), quant)
+    onnx_vision.build_encoder(path, vision, reader(tower), reader(connector), quant, graph=graph)
     return graph.nbytes, fates
 
 

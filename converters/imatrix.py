@@ -28,7 +28,9 @@ _F32 = 0  # enum ggml_type
 _SHOWN = 5  # names listed in an error
 _NAME_LIMIT_BYTES = 63  # of a tensor in a GGUF file
 _ENTRIES_LIMIT = 1 << 16
-_LARGEST = 1e30  # the quantizer adds products of it with squared weights in float32
+# A mean of squared activations. The quantizer multiplies it with third powers of weights in float32, and IQ3_S aborts
+# where that overflows: this is the most that `quant.py`'s largest weight leaves.
+_LARGEST = 1e12
 #: `llama-imatrix` leaves these out unless it is told otherwise, and a tied model has one of them only.
 _OPTIONAL = frozenset({"token_embd.weight", "output.weight"})
 

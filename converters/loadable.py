@@ -6,9 +6,11 @@ import os
 from pathlib import Path
 
 from edgevlm import llama
+from edgevlm.converters import gguf_file, pages
+from edgevlm.converters.finite import all_finite
 from edgevlm.converters.sections import invalid, unsupported
 from edgevlm.errors import GGUFError
-from edgevlm.gguf import read_header
+from edgevlm.gguf import read_container, read_header
 
 
 def check_header(path: Path) -> None:
@@ -47,16 +49,19 @@ def check_vocabulary(path: Path, stops: tuple[int, ...]) -> None:
 
 
 def check_weights(path: Path) -> None:
-    """Load the whole model with llama.cpp, which looks at every weight: names, shapes, NaN and infinity.
+    """Look at every weight, and load the whole model with llama.cpp: names and shapes.
 
     The file is mapped and nothing of it is copied.
 
     Raises:
         CheckpointError: `checkpoint.invalid`.
     """
+    for name, tensor in gguf_file.map_tensors(read_container(path)).items():
+        if not all_finite(tensor.bits, tensor.type):
+            raise invalid(f"{name} of the text model holds NaN or infinity")
+        pages.release(tensor.bits)
     native = llama.library()
     params = native.llama_model_default_params()
-    params.check_tensors = True
     params.use_extra_bufts = False  # repacking would copy the weights
     params.n_gpu_layers = 0
     params.load_mode = native.LLAMA_LOAD_MODE_MMAP

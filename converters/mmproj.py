@@ -175,14 +175,12 @@ def _modern(where: str, tensors: Mapping[str, StoredTensor], hidden: int) -> tup
 def _split_qkv(tensors: Mapping[str, StoredTensor], hidden: int) -> Iterator[tuple[str, StoredTensor]]:
     """Three equal parts in the place of each tensor that joins Q, K and V."""
     for name, tensor in tensors.items():
-        whole = tensor.shape[0] == tensor.bits.shape[0] == 3 * hidden  # bits of blocks cannot be cut anywhere
-        if ".attn_qkv." not in name or not whole:
+        if ".attn_qkv." not in name or tensor.shape[0] != 3 * hidden:
             yield name, tensor
             continue
-        for i, part in enumerate("qkv"):
-            rows = slice(i * hidden, (i + 1) * hidden)
-            shape = (hidden, *tensor.shape[1:])
-            bits = tensor.bits[rows]
+        shape = (hidden, *tensor.shape[1:])
+        # Bytes or numbers, rows or not: blocks have powers of two of weights, so a third of whole blocks is whole, too.
+        for part, bits in zip("qkv", np.split(tensor.bits, 3), strict=True):
             yield (
                 name.replace("attn_qkv", f"attn_{part}"),
                 dataclasses.replace(tensor, shape=shape, nbytes=bits.nbytes, bits=bits),

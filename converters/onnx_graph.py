@@ -24,12 +24,14 @@ from edgevlm.storage import storage_errors
 
 OPSET = 17
 IR_VERSION = 10
-MICROSOFT = "com.microsoft"
-#: Operators of ONNX Runtime's own domain; all others are standard ONNX.
+#: ONNX Runtime's own domain, and ours.
+MICROSOFT, OURS = "com.microsoft", "edgevlm"
 _CONTRIB = {
     "BiasGelu", "DynamicQuantizeMatMul", "FastGelu", "Gelu", "MatMulNBits", "MultiHeadAttention", "QuickGelu",
     "SkipLayerNormalization",
 }  # fmt: skip
+#: Operators that are not standard ONNX -> their domain. Ours is docs/kernels.md's attention.
+_DOMAINS = {**dict.fromkeys(_CONTRIB, MICROSOFT), "QkvAttention": OURS}
 _INLINE_BYTES = 64  # shapes and scalars stay in the graph, where shape inference needs them
 _PAGE_BYTES, _LINE_BYTES = 4096, 64
 
@@ -143,7 +145,7 @@ class Graph:
             kind,
             list(inputs),
             attributes,
-            domain=MICROSOFT if kind in _CONTRIB else "",
+            domain=_DOMAINS.get(kind, ""),
             num_outputs=outputs,
             name=name,
         )
@@ -161,12 +163,15 @@ class Graph:
     def _finish(self) -> Any:
         """Close the data file; returns the model."""
         self.close()
+        opsets = {"": OPSET, MICROSOFT: 1}
+        if any(node.domain == OURS for node in self._nodes):
+            opsets[OURS] = 1
         graph = self._ir.Graph(
             self._inputs,
             self._outputs,
             nodes=self._nodes,
             initializers=self._initializers,
-            opset_imports={"": OPSET, MICROSOFT: 1},
+            opset_imports=opsets,
             name=self._name,
         )
         return self._ir.Model(graph, ir_version=IR_VERSION, producer_name="edgevlm")

@@ -1,4 +1,4 @@
-"""The products of an encoder, `x @ weight`, in the forms that ONNX Runtime computes on a CPU.
+"""The products of an encoder, `x @ weight`, and its attention, in the forms that ONNX Runtime computes on a CPU.
 
 fp32    MatMul
 fp16    MatMul of weights that are stored as float16 and widened when the graph is loaded: half the file, same speed
@@ -8,6 +8,8 @@ int4    MatMulNBits: one scale for each 32 weights of an output channel; activat
 docs/conversion.md says how fast they are and what they lose. int8 is the fastest by far, and the one that outliers
 hurt: a channel of activations that is much larger than the others stretches the one scale. What is done about it, a
 product's `Treatment`, is decided by measurement (smoothing.py).
+
+Attention is float32, and for int8 in integers as well, by an operator of our own (docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -25,13 +27,15 @@ from edgevlm.converters.transforms import to_float16
 EncoderQuant = Literal["fp32", "fp16", "int8", "int4"]
 
 INT4_BLOCK = 32
+#: Channels of a head that our attention takes.
+_MOST_WIDTH = 256
 #: Rows of activations that are kept of each picture, and columns of each weight, to estimate errors on.
 SAMPLED_ROWS, SAMPLED_COLUMNS = 8, 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Treatment:
-    """What one int8 product gets to lose less.
+    """What one int8 product, or attention, gets to lose less.
 
     Attributes:
         exact: It stays in float32.
@@ -61,10 +65,12 @@ class Products:
     Attributes:
         graph: Where to.
         quant: The form of all products that have no other treatment.
-        treatments: By the product's full name, such as `tower.blk.0.qkv`; only int8 asks.
+        treatments: By the full name of a product or attention, `tower.blk.0.qkv`, `tower.blk.0.attention`; only int8
+            asks.
         probes: If not None, every product also puts a sample of its weight here, and the graph gets three outputs:
             NAME.rows, some rows of the product's input, NAME.low and NAME.high, the smallest and largest value of
-            each of its channels.
+            each of its channels. Of every attention NAME.difference and NAME.reference are the sum of squares of what
+            it loses in integers, and of its result.
         positions: Tokens of a picture inside the tower, for `probes`.
     """
 
@@ -106,6 +112,26 @@ class Products:
         if self.quant in ("fp32", "fp16") or treatment.exact:
             return self.exact(x, name, weight_KN)
         return self._int8(x, name, weight_KN) if self.quant == "int8" else self._int4(x, name, weight_KN)
+
+    def attention(self, qkv: Any, bias: Any, hidden: int, heads: int) -> Any:
+        """Attention of all tokens to all tokens, scaled by 1 / sqrt(width of a head), as CLIP and SigLIP have it.
+
+        Args:
+            qkv: [T, N, 3 * hidden], queries, keys and values behind each other.
+            bias: [3 * hidden], added to them.
+            hidden, heads: Channels of each, and how many heads they make.
+        """
+        op, name = self.graph.op, "attention"
+        if self.quant == "int8" and not self._treatment(name).exact and hidden // heads <= _MOST_WIDTH:
+            return op.QkvAttention(qkv, bias, num_heads=heads)
+        q, k, v = op.Split(qkv, axis=-1, _outputs=3)
+        attended = op.MultiHeadAttention(q, k, v, bias, num_heads=heads)
+        if self.probes is not None and hidden // heads <= _MOST_WIDTH:
+            found = op.QkvAttention(qkv, bias, num_heads=heads)
+            full = self.graph.full_name(name)
+            for part, value in (("difference", op.Sub(found, attended)), ("reference", attended)):
+                self.graph.output(op.ReduceSumSquare(value, keepdims=0), f"{full}.{part}", [])
+        return attended
 
     def _int8(self, x: Any, name: str, weight_KN: NDArray[np.float32]) -> Any:
         int8_KN, scale_N = self.graph.columns(weight_KN)

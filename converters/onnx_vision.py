@@ -9,10 +9,10 @@ branch and opens the next:
     n, h = SkipLayerNormalization(h, delta, ln2, bias of Wo)
     delta = MatMul(activation(MatMul(n, W1) + b1), W2)
 
-The products Wqkv, Wo, W1 and W2 take the wanted form (onnx_products.py); patch embedding, norms, attention and the
-connector stay in float32. The connector reads the residual stream itself, without a norm: its few large channels would
-stretch the one scale that an activation tensor has in int8 (measured: 0.043 relative error with it in int8, 0.013
-without; no other product matters as much).
+The products Wqkv, Wo, W1 and W2 take the wanted form (onnx_products.py), and with int8 one operator takes the place of
+Split and MultiHeadAttention; patch embedding, norms and the connector stay in float32. The connector reads the residual
+stream itself, without a norm: its few large channels would stretch the one scale that an activation tensor has in int8
+(measured: 0.043 relative error with it in int8, 0.013 without; no other product matters as much).
 
 An int8 product may be smoothed: the norm before Wqkv and W1 then divides its channels by the factors, and V, with its
 bias, the channels that Wo reads.
@@ -63,6 +63,7 @@ def build_encoder(
     *,
     treatments: Mapping[str, Treatment] | None = None,
     probes: dict[str, Sample] | None = None,
+    graph: Graph | None = None,
 ) -> None:
     """Write `path` and `path` + `.data`: pixels_TCHW -> embeds_TND.
 
@@ -72,27 +73,13 @@ def build_encoder(
         tower, connector: Their weights.
         quant: The form of the products in the blocks.
         treatments, probes: See `Products`.
+        graph: An empty one to use, such as a `MeasuredGraph`, which writes nothing; it is closed.
 
     Raises:
         StorageError: the disk is full or refuses.
         CheckpointError: a weight is not finite, or beyond float16's range for `fp16`.
     """
-    graph = Graph("encoder", path.with_name(path.name + ".data"))
-    build_graph(graph, path, vision, tower, connector, quant, treatments=treatments, probes=probes)
-
-
-def build_graph(
-    graph: Graph,
-    path: Path,
-    vision: ResolvedVision,
-    tower: Weights,
-    connector: Weights,
-    quant: EncoderQuant,
-    *,
-    treatments: Mapping[str, Treatment] | None = None,
-    probes: dict[str, Sample] | None = None,
-) -> None:
-    """The same with a graph that is given, and closed."""
+    graph = graph or Graph("encoder", path.with_name(path.name + ".data"))
     spec, image = vision.encoder, vision.image
     try:
         products = Products(
@@ -189,7 +176,7 @@ def _blocks(build: Build, embedded: Any) -> Any:
 
 def _block(build: Build, i: int, residual: Any, delta: Any, delta_bias: Any) -> tuple[Any, Any, Any]:
     """One block. Returns the residual stream, and the open branch with its bias, which the next norm adds."""
-    op, graph, spec = build.graph.op, build.graph, build.vision.encoder
+    graph, spec = build.graph, build.vision.encoder
 
     def weight(leaf: str) -> NDArray[np.float32]:
         return build.tower(f"blk.{i}.{leaf}")
@@ -199,11 +186,9 @@ def _block(build: Build, i: int, residual: Any, delta: Any, delta_bias: Any) -> 
     smooth_o = products.smoothing("o")
     qkv_DK = [weight("q.weight"), weight("k.weight"), weight("v.weight") / np.reshape(smooth_o, (-1, 1))]
     qkv = products.product(normed, "qkv", np.concatenate(qkv_DK).T)
-    q, k, v = op.Split(qkv, axis=-1, _outputs=3)
     qkv_biases = [weight("q.bias"), weight("k.bias"), weight("v.bias") / smooth_o]
     qkv_bias = graph.weight("qkv.bias", np.concatenate(qkv_biases))
-    # scale defaults to 1 / sqrt(head width), which is also CLIP's and SigLIP's
-    attended = op.MultiHeadAttention(q, k, v, qkv_bias, num_heads=spec.heads)
+    attended = products.attention(qkv, qkv_bias, spec.hidden, spec.heads)
     delta = products.product(attended, "o", weight("o.weight").T)
     delta_bias = graph.weight("o.bias", weight("o.bias"))
     normed, residual = _skip_norm(build, f"blk.{i}.ln2", residual, delta, delta_bias, products.smoothing("fc1"))

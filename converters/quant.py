@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from edgevlm import llama
 from edgevlm.converters import gguf_file
+from edgevlm.converters.finite import all_finite
 from edgevlm.converters.gguf_file import PlannedTensor
 from edgevlm.errors import BackendError, CheckpointError, UsageError
 
@@ -31,6 +32,10 @@ VERSION = 2
 _REHEARSED = re.compile(
     r"\[ *\d+/ *\d+\] (\S+) +- \[[^]]*\], type = +\w+, size = +[\d.]+ MiB(?: -> +[\d.]+ MiB \((\w+)\))?"
 )
+
+# The most that a block of any type can stand for is 65504 * 128 * 32 (Q6_K: a float16, an int8 and six bits). ggml
+# raises weights to the fourth power in float32: far beyond, it stores zeros (Q6_K, Q3_K), or aborts (IQ3_S).
+_LARGEST = 2.0**29
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,23 +145,14 @@ def stored_types(
     return {name: kind for name, kind in found.items() if len(shapes[name]) > 1}
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Functions:
-    """Of ggml, which llama.cpp's library brings along and the binding does not declare."""
-
-    quantize: Any
-    validate: Any
-
-
 @functools.cache
-def _functions() -> _Functions:
-    native = llama.library()
-    quantize, validate = native._lib.ggml_quantize_chunk, native._lib.ggml_validate_row_data
+def _quantizer() -> Any:
+    """`ggml_quantize_chunk`, which llama.cpp's library brings along and the binding does not declare."""
+    function = llama.library()._lib.ggml_quantize_chunk
     whole = ctypes.c_int64
-    quantize.restype, validate.restype = ctypes.c_size_t, ctypes.c_bool
-    quantize.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, whole, whole, whole, ctypes.c_void_p]
-    validate.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
-    return _Functions(quantize=quantize, validate=validate)
+    function.restype = ctypes.c_size_t
+    function.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, whole, whole, whole, ctypes.c_void_p]
+    return function
 
 
 def quantize_rows(
@@ -181,17 +177,17 @@ def quantize_rows(
     assert rows_RD.flags.c_contiguous, name
     assert importance is None or importance.shape == (width,), name
     assert importance is None or importance.dtype == np.float32, name
-    out = np.empty(gguf_file.nbytes((rows, width), kind), np.uint8)
-    ggml, number = _functions(), gguf_file.type_id(kind)
-    weights = None if importance is None else importance.ctypes.data
-    written = ggml.quantize(number, rows_RD.ctypes.data, out.ctypes.data, 0, rows, width, weights)
-    assert written == out.nbytes, name
-    if not ggml.validate(number, out.ctypes.data, out.nbytes):
-        raise CheckpointError(
-            f"{name} holds {np.abs(rows_RD).max():.6g}, too much for {kind}; convert with bf16 or f32",
-            code="checkpoint.overflow",
-        )
-    return out
+    largest = max(float(rows_RD.max()), -float(rows_RD.min()))
+    if largest <= _LARGEST:
+        out = np.empty(gguf_file.nbytes((rows, width), kind), np.uint8)
+        weights = None if importance is None else importance.ctypes.data
+        written = _quantizer()(gguf_file.type_id(kind), rows_RD.ctypes.data, out.ctypes.data, 0, rows, width, weights)
+        assert written == out.nbytes, name
+        if all_finite(out, kind):
+            return out
+    raise CheckpointError(
+        f"{name} holds {largest:.6g}, too much for {kind}; convert with bf16 or f32", code="checkpoint.overflow"
+    )
 
 
 def _imatrix(native: ModuleType, importance: Mapping[str, NDArray[np.float32]]) -> Any:

@@ -71,6 +71,24 @@ def choose(observations: Mapping[str, Observation], samples: Mapping[str, Sample
     return {name: _choose(name, observations[name], samples[name]) for name in samples}
 
 
+def choose_attentions(runs: Iterable[Mapping[str, NDArray[np.float32]]]) -> dict[str, Choice]:
+    """Which attentions are computed in integers: those that lose no more than a product may.
+
+    Args:
+        runs: As for `observe`; the operator itself ran beside float32 in that graph, so nothing is imitated.
+    """
+    sums: dict[str, list[float]] = {}
+    for run in runs:
+        for output, value in run.items():
+            name, _, part = output.rpartition(".")
+            if part in ("difference", "reference"):
+                sums.setdefault(name, [0.0, 0.0])[part == "reference"] += float(value)
+    errors = {name: float(np.sqrt(lost / all_)) if all_ else 0.0 for name, (lost, all_) in sums.items()}
+    return {
+        name: Choice(treatment=Treatment(exact=not error <= TOLERABLE), error=error) for name, error in errors.items()
+    }
+
+
 def _choose(name: str, seen: Observation, sample: Sample) -> Choice:
     found = Choice(treatment=Treatment(), error=error_of(seen, sample.columns_KN, None))
     if name.rpartition(".")[2] in SMOOTHABLE:

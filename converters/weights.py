@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgevlm.converters import pages, quant, safetensors
+from edgevlm.converters.finite import all_finite
 from edgevlm.converters.mapping import Source
 from edgevlm.converters.progress import Progress
 from edgevlm.converters.safetensors import Tensor
@@ -25,8 +26,6 @@ from edgevlm.machine import usable_cpus
 _BLOCK_WEIGHTS = 1 << 18
 #: Blocks that are in work or wait for their turn, for each processor.
 _AHEAD = 3
-# All ones in the exponent: infinity or NaN.
-_EXPONENTS = {"F32": (np.dtype("<u4"), 0x7F800000), "F16": (np.dtype("<u2"), 0x7C00), "BF16": (np.dtype("<u2"), 0x7F80)}
 
 
 def check_finite(bits: NDArray[Any], dtype: str, name: str) -> None:
@@ -40,11 +39,8 @@ def check_finite(bits: NDArray[Any], dtype: str, name: str) -> None:
     Raises:
         CheckpointError: `checkpoint.invalid`.
     """
-    unsigned, exponent = _EXPONENTS[dtype]
-    flat = bits.reshape(-1).view(unsigned)
-    for start in range(0, len(flat), _BLOCK_WEIGHTS):
-        if ((flat[start : start + _BLOCK_WEIGHTS] & unsigned.type(exponent)) == exponent).any():
-            raise invalid(f"{name} holds NaN or infinity")
+    if not all_finite(bits, dtype):
+        raise invalid(f"{name} holds NaN or infinity")
 
 
 def as_float32(tensor: Tensor) -> NDArray[np.float32]:

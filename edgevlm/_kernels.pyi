@@ -52,4 +52,12 @@ def composite(
     target: str | None,
     /,
 ) -> None: ...
+def attention(
+    qkv_BSE: NDArray[np.float32],
+    bias_E: NDArray[np.float32],
+    out_BSD: NDArray[np.float32],
+    heads: int,
+    target: str | None,
+    /,
+) -> None: ...
 def sum_abs_diff(a_HWC: NDArray[np.uint8], b_HWC: NDArray[np.uint8], target: str | None, /) -> int: ...

@@ -8,15 +8,17 @@ Such files are caches: whoever reads one recomputes on any doubt, so reading nev
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from edgevlm.errors import EdgeVLMError
 from edgevlm.files import open_regular
-from edgevlm.storage import atomic_write
+from edgevlm.storage import atomic_write, storage_errors
 
 _MAGIC = b"EVLMBLB1"
 _DIGEST_BYTES = 32
@@ -83,9 +85,11 @@ class Shelf:
         needed = len(payload) + _HEADER_LIMIT_BYTES
         if needed > self.limit_bytes:
             return
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._make_room(needed)
-        write_blob(self.folder / name, header, payload)
+        with storage_errors(self.folder):
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with self._alone():
+            self._make_room(needed)
+            write_blob(self.folder / name, header, payload)
 
     def get(self, name: str, identity: dict[str, Any]) -> tuple[dict[str, Any], memoryview] | None:
         """A blob that is whole and belongs to `identity`. What is found but cannot be used is removed."""
@@ -98,11 +102,28 @@ class Shelf:
                 os.utime(path)  # the order of eviction; a clock that jumps costs a recomputation at most
         return found
 
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Only one process writes at a time; what another one left unfinished when it was killed is removed."""
+        with storage_errors(self.folder):
+            lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            with storage_errors(self.folder):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            for path in self.folder.glob(".*.tmp"):
+                with contextlib.suppress(OSError):
+                    path.unlink()
+            yield
+        finally:
+            os.close(lock)
+
     def entries(self) -> list[tuple[Path, int, float]]:
         """(path, bytes, last use as seconds since 1970) of each file, the longest unused first."""
         found = []
         with contextlib.suppress(OSError), os.scandir(self.folder) as scan:
             for entry in scan:
+                if entry.name.startswith("."):
+                    continue
                 with contextlib.suppress(OSError):
                     status = entry.stat(follow_symlinks=False)
                     found.append((Path(entry.path), status.st_size, status.st_mtime))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgevlm.errors import BackendError, ContextError, UsageError
 from edgevlm.gguf import GGUFHeader, read_header
+from edgevlm.held import ALONE_DIFFERS, N_TOKENS, batches, drawn, shared
 from edgevlm.llama import clear_log, last_log, library
 from edgevlm.native import ContextOptions, KVType, Native
 from edgevlm.splice import ImageSegment, Position, Segment, TextSegment
@@ -75,8 +76,11 @@ class Decoder:
         self.vocabulary = Vocabulary(self._llama, self._native.model, self.header, self.check_open)
         self.n_vocab = self.vocabulary.n_vocab
         self.n_embd = self._llama.llama_model_n_embd_inp(self._native.model)
+        #: Without flash attention batches of any size are alike, except for single rows.
+        self._exact = kv_type == "f32"
         self._batch = batch
-        self.n_scored = min(scored, batch)
+        self._n_tokens = batch if self._exact else min(batch, N_TOKENS)
+        self.n_scored = min(scored, self._n_tokens)
         self._native.open_context(
             ContextOptions(
                 n_context=self.n_context, n_batch=batch, n_outputs=self.n_scored, threads=self.threads, kv_type=kv_type
@@ -169,13 +173,9 @@ class Decoder:
 
         Returns:
             How many of its first positions need not be decoded again: never all of them, because the last one's logits
-            are needed.
+            are needed; and not so many that one token is left of several.
         """
-        kept = 0
-        for held, wanted in zip(self.held, positions[:-1], strict=False):
-            if held != wanted:
-                break
-            kept += 1
+        kept = shared(self.held, positions)
         self.truncate(kept)
         self.epoch += 1
         return self.n_past
@@ -273,6 +273,13 @@ class Decoder:
             ContextError: the context is full.
         """
         self.prefill([TextSegment((token,))])
+        if self._is_alone_different():
+            self.held[-1] = drawn(token)
+
+    def _is_alone_different(self) -> bool:
+        """Whether the last position, decoded as a single row, may have other bits than in a batch."""
+        alone = self._llama.llama_n_threads(self._context) == 1
+        return self._exact or (self.n_past > ALONE_DIFFERS and not alone)
 
     def logits(self) -> NDArray[np.float32]:
         """Logits of the last decoded position, float32 [n_vocab]: a view that lasts until the next decode or `close`.
@@ -323,8 +330,7 @@ class Decoder:
         The batch struct points into the caller's memory; positions continue from the context's last one.
         """
         llama, n_rows = self._llama, len(positions)
-        for start in range(0, n_rows, self._batch):
-            count = min(self._batch, n_rows - start)
+        for start, count in batches(n_rows, self._n_tokens if token else self._batch):
             outputs = (ctypes.c_int8 * count)(*[of_each] * count)
             outputs[count - 1] = want_logits and start + count == n_rows
             batch = llama.llama_batch(

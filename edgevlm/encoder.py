@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgevlm import kernels
 from edgevlm.errors import BackendError, DependencyError
 from edgevlm.spec import EncoderSpec
 from edgevlm.threads import ThreadsLike, resolve_threads
@@ -29,7 +30,8 @@ class Encoder:
             stay pages of the file, which the system may drop; products take somewhat longer.
 
     Raises:
-        DependencyError: onnxruntime is missing.
+        DependencyError: onnxruntime is missing, or it does not take our operators.
+        KernelError: `EDGEVLM_KERNELS` names a target that cannot run.
         BackendError: the graph cannot be loaded.
         UsageError: `threads` is outside its range.
     """
@@ -80,7 +82,9 @@ class Encoder:
             values = self._session.run(None, {INPUT_NAME: tiles_TCHW})
         except Exception as error:  # as in `encode`
             raise BackendError(f"the encoder failed on {tiles_TCHW.shape}: {error}", code="backend.failed") from error
-        return dict(zip((output.name for output in self._session.get_outputs()), values, strict=True))
+        # Copies: the values lie in ONNX Runtime's arena, and a small one would keep all of it when the session is gone.
+        names = (output.name for output in self._session.get_outputs())
+        return {name: value.copy() for name, value in zip(names, values, strict=True)}
 
     def encode_each(self, tiles_TCHW: NDArray[np.float32]) -> NDArray[np.float32]:
         """Encode tiles one after the other; arguments, result and errors are those of `encode`.
@@ -112,10 +116,22 @@ def _open_session(path: Path, threads: int, repack: bool) -> Any:
     # SigLIP-B/16-512 on, and no faster.
     options.enable_mem_pattern = False
     options.log_severity_level = 4  # fatal only: failures become exceptions, which we translate
+    # As the graph is written. By default what only leads to an output comes last, and what it reads is kept until then:
+    # the inputs of all products, in the graph that a converter observes.
+    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     # Idle threads that spin would take the cores from the decoder, which runs next.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not repack:
         options.add_session_config_entry("session.disable_prepacking", "1")
+    library = kernels.operators_library()
+    try:
+        options.register_custom_ops_library(library)
+    except Exception as error:  # as above: no common base class
+        raise DependencyError(
+            f"onnxruntime {ort.__version__} cannot load the operators of {library} ({error}); "
+            "install edgevlm again, and onnxruntime 1.28.3 or later",
+            code="dependency.version",
+        ) from error
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # as above: no common base class

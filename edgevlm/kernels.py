@@ -45,6 +45,16 @@ def active_target() -> str:
         return str(_kernels.active())
 
 
+def operators_library() -> str:
+    """Path of the library that gives ONNX Runtime our operators: attention in integers, `edgevlm.QkvAttention`.
+
+    Raises:
+        KernelError: as `active_target`, whose target the operators use, too.
+    """
+    active_target()
+    return str(_kernels.__file__)
+
+
 def compiler() -> str:
     """Name and version of the compiler that made the kernels."""
     return _kernels.COMPILER

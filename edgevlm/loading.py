@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from edgevlm.budget import Budget, parse_budget
 from edgevlm.bundle import BUILTIN, Bundle, Manifest, open_bundle, read_manifest
-from edgevlm.decoder import Decoder, KVType, context_size
+from edgevlm.decoder import Decoder, context_size
 from edgevlm.encoder import Encoder
 from edgevlm.errors import BundleError, FileError
 from edgevlm.footprint import Settings, resident
@@ -19,10 +20,11 @@ from edgevlm.kept import Kept
 from edgevlm.llama import cpu_features
 from edgevlm.machine import available_bytes, cpu_name
 from edgevlm.memory import Files, MemoryPlan, parse_size, plan_memory
+from edgevlm.native import KVType
 from edgevlm.pipeline import Model
 from edgevlm.threads import Threads, ThreadsLike, resolve_threads
 from edgevlm.tuning import identity, recall
-from edgevlm.vision import Vision
+from edgevlm.vision import Vision, no_vision
 
 #: The memory cache of embeddings: a 32nd of what is available, between these.
 _CACHE_PART = 32
@@ -36,6 +38,7 @@ def load(
     threads: ThreadsLike = None,
     kv_type: KVType = "f16",
     state: str | os.PathLike[str] | None = None,
+    image_tokens: int | str = "full",
     ram_budget: str | int | None = None,
 ) -> Model:
     """Load a model.
@@ -48,6 +51,7 @@ def load(
         kv_type: Type of the key/value cache; `f32` is for comparisons with the reference.
         state: A folder in which pictures' embeddings and the decoder's state behind them are kept, for the next
             process; None keeps nothing on disk.
+        image_tokens: The most embeddings that a picture may take, `docs/image-tokens.md`; `full` takes all.
         ram_budget: The most that this process may hold, such as `"900MB"` or a number of bytes: `edgevlm.memory` says
             what is given up for it, and `model.memory` what was. None takes what is best for speed.
 
@@ -61,19 +65,28 @@ def load(
             print(model.ask("What does the display read?", images=["panel.jpg"]).text)
     """
     resolve_threads(threads)  # a count that cannot be is refused before anything is read
-    budget = parse_size(ram_budget)
+    nbytes, budget = parse_size(ram_budget), parse_budget(image_tokens)
     started = time.perf_counter()
     path = BUILTIN if model is None else Path(model)
     # os.path answers False where Path would raise, for a NUL or a name too long; an empty name would mean this folder.
     if model == "" or not os.path.exists(path):
         raise FileError(f"there is no model `{model}`; give a bundle folder or a .gguf file", code="file.not_found")
     bundle = open_bundle(path) if os.path.isdir(path) else None
+    if budget and (bundle is None or bundle.spec.encoder is None):
+        raise no_vision(bundle.spec.name if bundle else path.name)
     files = _files(bundle.path("decoder") if bundle else path, bundle.manifest if bundle else None)
-    plan = _plan(files, context, kv_type, budget)
+    plan = _plan(files, context, kv_type, nbytes)
     owner = identity(path, bundle)
     counts = resolve_threads(threads, None if isinstance(threads, int) else recall(owner))
     decoder = _open_decoder(files, plan, counts)
-    loaded = _with_bundle(path, bundle, decoder, plan, counts, state) if bundle else Model(path.name, decoder)
+    if bundle:
+        _check_pair(path, bundle, decoder)
+        kept = Kept(state) if state and bundle.spec.encoder else None
+        vision = _open_vision(bundle, decoder, plan, kept, budget)
+        identity_of_state = _state_identity(bundle, plan.settings)
+        loaded = Model(bundle.spec.name, decoder, bundle.spec, vision, kept=kept, identity=identity_of_state)
+    else:
+        loaded = Model(path.name, decoder)
     loaded.memory, loaded.tuning_identity = plan, owner
     loaded.load_s = time.perf_counter() - started
     return loaded
@@ -104,7 +117,7 @@ def _files(decoder: Path, manifest: Manifest | None) -> Files:
 
 
 def _plan(files: Files, context: int | None, kv_type: KVType, budget: int | None) -> MemoryPlan:
-    settings = Settings(context=context_size(files.header, context), kv_type=kv_type)
+    settings = Settings(context=context_size(files.header, context), kv_type=kv_type, batch=files.batch(kv_type))
     return plan_memory(files, settings, budget=budget, context_is_fixed=context is not None)
 
 
@@ -121,31 +134,24 @@ def _open_decoder(files: Files, plan: MemoryPlan, threads: Threads) -> Decoder:
     )
 
 
-def _with_bundle(
-    folder: Path,
-    bundle: Bundle,
-    decoder: Decoder,
-    plan: MemoryPlan,
-    threads: Threads,
-    state: str | os.PathLike[str] | None,
-) -> Model:
-    _check_pair(folder, bundle, decoder)
-    spec, vision, kept = bundle.spec, None, None
-    if spec.encoder is not None:
-        in_turns = plan.settings.encoder == "released"
-        kept = Kept(state) if state else None
-        vision = Vision(
-            bundle,
-            functools.partial(Encoder, bundle.path("encoder"), spec.encoder),
-            cache_bytes=_cache_bytes(plan),
-            kept=kept,
-            make_room=decoder.set_aside if in_turns else None,
-            threads=threads,
-        )
-        if kept is None and not in_turns:
-            vision.load()  # with a cache on disk it may not be needed
-    identity = _state_identity(bundle, decoder, plan.settings.kv_type)
-    return Model(spec.name, decoder, spec, vision, kept=kept, identity=identity)
+def _open_vision(
+    bundle: Bundle, decoder: Decoder, plan: MemoryPlan, kept: Kept | None, budget: Budget | None
+) -> Vision | None:
+    if bundle.spec.encoder is None:
+        return None
+    in_turns = plan.settings.encoder == "released"
+    vision = Vision(
+        bundle,
+        functools.partial(Encoder, bundle.path("encoder"), bundle.spec.encoder),
+        cache_bytes=_cache_bytes(plan),
+        kept=kept,
+        budget=budget,
+        make_room=decoder.set_aside if in_turns else None,
+        threads=decoder.threads,
+    )
+    if kept is None and not in_turns:
+        vision.load()  # with a cache on disk it may not be needed
+    return vision
 
 
 def _cache_bytes(plan: MemoryPlan) -> int:
@@ -155,12 +161,14 @@ def _cache_bytes(plan: MemoryPlan) -> int:
     return free if plan.left is None else min(free, plan.left // 2)
 
 
-def _state_identity(bundle: Bundle, decoder: Decoder, kv_type: KVType) -> dict[str, Any]:
+def _state_identity(bundle: Bundle, settings: Settings) -> dict[str, Any]:
     """What a decoder's state belongs to: llama.cpp itself checks little of it (hostile-inputs, A13)."""
     return {
         "decoder": next(entry.sha256 for entry in bundle.manifest.files if entry.role == "decoder"),
-        "context": decoder.n_context,
-        "kv_type": kv_type,
+        "context": settings.context,
+        "kv_type": settings.kv_type,
+        "batch": settings.batch,
+        "repack": settings.repack,
         "cpu": [cpu_name(), *sorted(cpu_features())],
         "versions": {name: importlib.metadata.version(name) for name in ("edgevlm", "llama-cpp-python")},
     }

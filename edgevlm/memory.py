@@ -26,7 +26,9 @@ from edgevlm.footprint import (
     with_encoder,
 )
 from edgevlm.gguf import GGUFHeader
+from edgevlm.held import N_TOKENS
 from edgevlm.machine import available_bytes
+from edgevlm.spec import ModelSpec
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 _SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([A-Z]{0,3})")
@@ -34,7 +36,9 @@ _SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([A-Z]{0,3})")
 _LEAST_CONTEXT, _TALK = 512, 256
 #: With the encoder in memory, a budget rather lets it go than take the context below this.
 _GOOD_CONTEXT = 2048
-_BATCHES = (512, 256, 128)
+#: Positions of one call at most, and what a budget makes of them: never fewer than llama.cpp's other kernel begins at.
+MOST_ROWS = 512
+_BATCHES = (MOST_ROWS, 256, 128)
 #: Without a budget, so many times what is available must be needed for a refusal: the estimate may be off, and the
 #: system can make room by swapping.
 _HOPELESS = 1.25
@@ -66,6 +70,14 @@ class Files:
         assert self.manifest is not None
         nbytes = sum(entry.size for entry in self.manifest.files if entry.role == "encoder-data")
         return with_encoder(found, spec.encoder, spec.image, nbytes, released=released, picture_px=picture_px)
+
+    def batch(self, kv_type: str) -> int:
+        """The most positions that are ever decoded in one call: a picture's, or tokens (`edgevlm.held`)."""
+        spec = self.manifest.spec if self.manifest else None
+        if kv_type == "f32" or (spec and spec.encoder and spec.image and _in_one_piece(spec)):
+            return MOST_ROWS
+        rows = spec.encoder.n_tokens if spec and spec.encoder else 0
+        return min(MOST_ROWS, max(N_TOKENS, rows))
 
     @property
     def sees(self) -> bool:
@@ -178,6 +190,12 @@ def plan_memory(
             return found
         least = min(least, found, key=lambda plan: plan.footprint.peak.total)
     raise _refusal(least, budget, files, context_is_fixed)
+
+
+def _in_one_piece(spec: ModelSpec) -> bool:
+    """Whether the embeddings of several tiles follow each other without a text between them."""
+    assert spec.image is not None
+    return spec.image.policy in ("tiles", "slices") and spec.prompt.tile_texts is None
 
 
 def _choices(files: Files, settings: Settings, *, context_is_fixed: bool) -> Iterator[Settings]:

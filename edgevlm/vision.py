@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from edgevlm import spec as specs
 from edgevlm.answer import Timings
+from edgevlm.budget import Budget, reduce_rows
 from edgevlm.bundle import Bundle
 from edgevlm.encoder import Encoder
 from edgevlm.errors import CapabilityError
@@ -41,8 +42,9 @@ _DIGEST_BYTES = 16
 
 @dataclass(eq=False)
 class Picture:
-    """A picture of the prompt: `key` names its embeddings, `layout` says where they go.
+    """A picture of the prompt: `key` names what the decoder is fed for it, `layout` says where that goes.
 
+    `known_as` and `n_rows` are the key and the number of all its embeddings, of which a budget may leave fewer.
     `source` is a file's content, with what messages call it, or an array; never a path, because what a path leads to
     may change. `image_HWC` are its pixels as long as somebody may need them.
     """
@@ -50,6 +52,8 @@ class Picture:
     source: tuple[bytes, str] | NDArray[np.uint8]
     key: str
     layout: ImageLayout
+    known_as: str
+    n_rows: int
     image_HWC: NDArray[np.uint8] | None = None
 
     def pixels(self) -> NDArray[np.uint8]:
@@ -68,6 +72,7 @@ class Vision:
             `release`.
         cache_bytes: Most bytes of embeddings to hold in memory; the least recently used go first.
         kept: The cache on disk, or None.
+        budget: What is left of each picture's embeddings, or None for all. Caches keep all.
         make_room: Called before the encoder is loaded, if there is no room for it beside the decoder; `done` then gives
             it back.
         threads: For the encoder; None is the default.
@@ -80,6 +85,7 @@ class Vision:
         *,
         cache_bytes: int,
         kept: Kept | None = None,
+        budget: Budget | None = None,
         make_room: Callable[[], None] | None = None,
         threads: Threads | None = None,
     ) -> None:
@@ -91,9 +97,10 @@ class Vision:
         self._identity = _identity(bundle)
         self._embeds = Embeddings(cache_bytes)
         self._kept = kept
+        self._budget = budget
         self._make_room = make_room
         self._threads = threads
-        self._sources: OrderedDict[str, tuple[str, ImageLayout]] = OrderedDict()
+        self._sources: OrderedDict[str, tuple[str, ImageLayout, str, int]] = OrderedDict()
 
     def load(self) -> Encoder:
         """The encoder, loaded if it is not.
@@ -140,6 +147,7 @@ class Vision:
 
         Raises:
             FileError, ImageError: as `load_image` does.
+            UsageError: the budget has fewer tokens than the picture has tiles.
         """
         with timings.measure("decode_image_s"):
             if not isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
@@ -157,12 +165,17 @@ class Vision:
             return Picture((content, name), *self._sources[seen], image_HWC)
 
     def embed(self, picture: Picture, timings: Timings) -> NDArray[np.float32]:
-        """The picture's embeddings, float32 [n_rows, n_embd], read-only: from a cache, or else computed.
+        """What the decoder is fed for a picture, float32 [n, n_embd], read-only.
 
         Raises:
             BackendError: the encoder failed.
         """
-        found = self._embeds.get(picture.key)
+        rows_ND = self._all_rows(picture, timings)
+        return reduce_rows(rows_ND, self._spec, self._budget) if self._budget else rows_ND
+
+    def _all_rows(self, picture: Picture, timings: Timings) -> NDArray[np.float32]:
+        """The picture's embeddings, float32 [n_rows, n_embd], read-only: from a cache, or else computed."""
+        found = self._embeds.get(picture.known_as)
         if found is not None:
             picture.image_HWC = None
         else:
@@ -170,8 +183,8 @@ class Vision:
             if found is None:
                 found = self._encode(picture, timings)
                 if self._kept:
-                    self._kept.put_embeds(picture.key, self._identity, found)
-            self._embeds.put(picture.key, found)
+                    self._kept.put_embeds(picture.known_as, self._identity, found)
+            self._embeds.put(picture.known_as, found)
         return found
 
     def pixels(self, source: ImageSource) -> list[NDArray[np.float32]]:
@@ -192,24 +205,30 @@ class Vision:
         with timings.measure("encode_s"):
             embeds_TND = np.concatenate([encoder.encode_each(tiles_TCHW) for tiles_TCHW in batches])
         rows_ND: NDArray[np.float32] = embeds_TND.reshape(-1, embeds_TND.shape[-1])
-        if len(rows_ND) != _n_rows(picture.layout):
-            raise ValueError(f"the picture has {len(rows_ND)} rows, {_n_rows(picture.layout)} were planned")
+        if len(rows_ND) != picture.n_rows:
+            raise ValueError(f"the picture has {len(rows_ND)} rows, {picture.n_rows} were planned")
         rows_ND.flags.writeable = False  # it is shared by everybody who asks for this picture
         return rows_ND
 
     def _from_disk(self, picture: Picture) -> NDArray[np.float32] | None:
         assert self._kept is not None
         assert self._spec.encoder is not None
-        shape = (_n_rows(picture.layout), self._spec.encoder.n_embd)
-        return self._kept.embeds(picture.key, self._identity, shape)
+        shape = (picture.n_rows, self._spec.encoder.n_embd)
+        return self._kept.embeds(picture.known_as, self._identity, shape)
 
-    def _known(self, image_HWC: NDArray[np.uint8]) -> tuple[str, ImageLayout]:
-        """The key of the embeddings of these pixels, and where they go."""
+    def _known(self, image_HWC: NDArray[np.uint8]) -> tuple[str, ImageLayout, str, int]:
+        """What a `Picture` of these pixels says besides them: `key`, `layout`, `known_as`, `n_rows`."""
+        height, width = image_HWC.shape[:2]
+        layout = image_layout(height, width, self._spec, self._budget)
+        n_rows = _n_rows(image_layout(height, width, self._spec))
         digest = hashlib.blake2b(self._identity.encode(), digest_size=_DIGEST_BYTES)
         digest.update(repr(image_HWC.shape).encode())
         for start in range(0, len(image_HWC), 256):  # Pillow leaves pixels four bytes apart; a copy of all is large
             digest.update(image_HWC[start : start + 256].tobytes())
-        return digest.hexdigest(), image_layout(image_HWC.shape[0], image_HWC.shape[1], self._spec)
+        known_as = key = digest.hexdigest()
+        if self._budget and _n_rows(layout) < n_rows:
+            key = self._budget.key(known_as)
+        return key, layout, known_as, n_rows
 
 
 class Embeddings:

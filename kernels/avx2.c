@@ -253,5 +253,6 @@ const struct kernel_ops kernels_avx2 = {
     .yuv_row = avx2_yuv_row,
     .composite_row = avx2_composite_row,
     .sum_abs_diff = avx2_sum_abs_diff,
+    .attention = &attention_avx2,
 };
 #endif

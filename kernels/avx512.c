@@ -220,5 +220,6 @@ const struct kernel_ops kernels_avx512 = {
     .vertical = vertical,
     .yuv_row = avx512_yuv_row,
     .composite_row = avx512_composite_row,
+    .attention = &attention_avx512,
 };
 #endif

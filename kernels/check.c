@@ -1,10 +1,10 @@
 /* Checks every target, and times it. Not part of the library; see docs/kernels.md for how to build it.
  *
- *     kernels_check           random pictures, sizes, filters, boxes, windows, borders, canvases and tiles, and frames,
- *                             until one differs; all blocks allocated to the byte, so that a sanitizer or valgrind
+ *     kernels_check           random pictures, sizes, filters, boxes, windows, borders, canvases and tiles, frames and
+ *                             attentions, until one differs; all blocks allocated to the byte, so that a sanitizer or valgrind
  *                             sees any access outside
- *     kernels_check --bench   best of 9 runs, in CPU time, of 4000x3000 to 384x384, RGB, bicubic, for each target; and
- *                             of 31 runs of each frame kernel
+ *     kernels_check --bench   best of 9 runs, in CPU time, of 4000x3000 to 384x384, RGB, bicubic, for each target; of
+ *                             31 runs of each frame kernel; and of 9 of an attention
  *     kernels_check --repeat TARGET N     800x600 to 77x77 N times: two runs differ by the instructions of the resizes
  *
  * Pixels are compared with memcmp, with those of the plain resize in check_plain.c, which takes only the weights from
@@ -275,20 +275,21 @@ int main(int argc, char **argv) {
     if (argc == 4 && strcmp(argv[1], "--repeat") == 0) {
         return repeat(argv[2], atoi(argv[3]));
     }
-    enum { TRIALS = 3000 };
+    enum { TRIALS = 3000, ATTENTION_EVERY = 10 };
     bool timing = argc > 1 && strcmp(argv[1], "--bench") == 0, ok = true;
     struct kernel_ops tables[MOST_TABLES];
     size_t n_tables = all_tables(tables);
     for (size_t k = 0; timing && k < n_tables; k++) {
         bench(&tables[k]);
         bench_frames(&tables[k]);
+        bench_attention(&tables[k]);
     }
     for (int i = 0; !timing && ok && i < TRIALS; i++) {
         struct trial t = random_trial();
         uint8_t *expected = plain_answer(&t);
         for (size_t k = 0; ok && k < n_tables; k++) {
-            ok = check_resize(&tables[k], &t, expected) && check_planes(&tables[k]) &&
-                 check_frames(&tables[k]);
+            ok = check_resize(&tables[k], &t, expected) && check_planes(&tables[k]) && check_frames(&tables[k]) &&
+                 (i % ATTENTION_EVERY != 0 || check_attention(&tables[k]));
         }
         free(expected);
         free(t.lut);

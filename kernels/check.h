@@ -63,4 +63,12 @@ bool check_frames(const struct kernel_ops *ops);
 /* Best of 31 runs of each frame kernel on a 1920x1080 frame. */
 void bench_frames(const struct kernel_ops *ops);
 
+/* ---- check_attention.c ---- */
+
+/* One random attention against scalar; false, and a line on stdout, if it differs. */
+bool check_attention(const struct kernel_ops *ops);
+
+/* Best of 9 runs of an attention. */
+void bench_attention(const struct kernel_ops *ops);
+
 #endif

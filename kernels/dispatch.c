@@ -33,7 +33,7 @@ uint32_t kernels_cpu_features(void) {
     uint32_t features = CPU_BASELINE;
 #if defined(__x86_64__)
     /* The compiler's run-time library asks CPUID, and XGETBV for what the system saves. */
-    if (__builtin_cpu_supports("avx2")) {
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
         features |= CPU_AVX2;
     }
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
@@ -77,6 +77,9 @@ static void overlay(struct kernel_ops *ops, const struct kernel_ops *target) {
     }
     if (target->sum_abs_diff) {
         ops->sum_abs_diff = target->sum_abs_diff;
+    }
+    if (target->attention) {
+        ops->attention = target->attention;
     }
 }
 

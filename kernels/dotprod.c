@@ -222,5 +222,6 @@ const struct kernel_ops kernels_dotprod = {
     .needs = CPU_NEON | CPU_DOTPROD,
     .horizontal = &horizontal,
     .vertical = vertical,
+    .attention = &attention_dotprod,
 };
 #endif

@@ -8,6 +8,7 @@
  *   scalar.c    the definition of every kernel. Any other target must equal it bit for bit:
  *   avx2.c, avx512.c, neon.c, dotprod.c  with lanes.h, lanes_x86.h and lanes_neon.h, which they share.
  *   frames*.[ch]  the same layers for frames of a camera, in files of their own.
+ *   attention*.[ch]  and for attention in integers, which ONNX Runtime calls (attention_ort.c) and not Python.
  *
  * Rows hold interleaved uint8 samples (HWC); `channels` is 1, 3 or 4 and all channels are treated alike.
  */
@@ -18,6 +19,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "attention.h"
 #include "frames.h"
 
 /* Who compiled them, for benchmarks. */
@@ -97,6 +99,9 @@ struct kernel_ops {
 
     /* Sum of |a[i] - b[i]| over n_bytes bytes. */
     uint64_t (*sum_abs_diff)(const uint8_t *a, const uint8_t *b, size_t n_bytes);
+
+    /* attention.h defines the numbers. */
+    const struct attention_ops *attention;
 };
 
 extern const struct kernel_ops kernels_scalar;
@@ -115,7 +120,7 @@ extern const struct kernel_ops kernels_dotprod;
 /* One bit for each *level* of instructions that some target needs, not for each CPUID bit. */
 enum cpu_feature {
     CPU_BASELINE = 0,
-    CPU_AVX2 = 1 << 0,
+    CPU_AVX2 = 1 << 0,    /* and FMA, which every CPU with AVX2 has */
     CPU_AVX512 = 1 << 1,  /* F, BW, DQ, VL and VNNI: Cascade Lake, Zen 4 and later */
     CPU_NEON = 1 << 2,    /* every 64-bit Arm: Raspberry Pi 4 */
     CPU_DOTPROD = 1 << 3, /* Armv8.2's sdot: Raspberry Pi 5, Apple */

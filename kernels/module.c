@@ -129,6 +129,7 @@ static int module_exec(PyObject *module) {
         return -1;
     }
     if (PyModule_AddFunctions(module, resize_methods) < 0 || PyModule_AddFunctions(module, frame_methods) < 0 ||
+        PyModule_AddFunctions(module, attention_methods) < 0 ||
         PyModule_AddStringConstant(module, "COMPILER", KERNELS_COMPILER) < 0 ||
         PyModule_AddIntConstant(module, "MAX_SIDE", RESIZE_MAX_SIDE) < 0 ||
         PyModule_AddObjectRef(module, "UnknownTarget", state->unknown_target) < 0 ||

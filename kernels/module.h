@@ -20,8 +20,8 @@ bool take(PyObject *object, Py_buffer *view, const char *what, const char *forma
  * one byte between them; it is set to the bytes from pixel to pixel. */
 bool take_image(PyObject *object, Py_buffer *view, const char *what, bool output, int *pixel_bytes);
 
-/* ---- module_resize.c, module_frames.c ---- */
+/* ---- module_resize.c, module_frames.c, module_attention.c ---- */
 
-extern PyMethodDef resize_methods[], frame_methods[];
+extern PyMethodDef resize_methods[], frame_methods[], attention_methods[];
 
 #endif

@@ -283,5 +283,6 @@ const struct kernel_ops kernels_neon = {
     .yuv_row = neon_yuv_row,
     .composite_row = neon_composite_row,
     .sum_abs_diff = neon_sum_abs_diff,
+    .attention = &attention_neon,
 };
 #endif

@@ -114,4 +114,5 @@ const struct kernel_ops kernels_scalar = {
     .yuv_row = scalar_yuv_row,
     .composite_row = scalar_composite_row,
     .sum_abs_diff = scalar_sum_abs_diff,
+    .attention = &attention_scalar,
 };

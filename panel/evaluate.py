@@ -4,6 +4,7 @@
     python -m panel.evaluate --bundle FOLDER                  a bundle, through edgevlm's public interface
     python -m panel.evaluate                                  the built-in bundle
     python -m panel.evaluate --against OTHER                  how many answers differ between two bundles
+    python -m panel.evaluate --image-tokens full 36 36:pool   what budgets of image tokens cost and gain
 
 Prints a Markdown table, and last one line of JSON with the same numbers.
 """
@@ -175,12 +176,20 @@ def main() -> None:
     which.add_argument("--reference", type=Path, metavar="CHECKPOINT", help="run a checkpoint in transformers")
     which.add_argument("--bundle", type=Path, help="run a bundle (default: the built-in one)")
     parser.add_argument("--against", type=Path, metavar="BUNDLE", help="count the answers that differ from this one's")
+    parser.add_argument("--image-tokens", nargs="+", metavar="full|N|N:pool", help="compare budgets of a bundle")
     parser.add_argument("--panels", type=int, default=1000)
     parser.add_argument("--first-seed", type=int, default=FIRST_SEED)
     parser.add_argument("--batch", type=int, default=50, help="questions per batch of the reference")
     parser.add_argument("--errors", type=Path, help="write the wrong answers to this file")
     args = parser.parse_args()
 
+    if args.image_tokens:
+        from panel import budgets
+
+        rows = budgets.compare(args.bundle, args.image_tokens, make_items(args.panels, args.first_seed), METRICS)
+        print(budgets.markdown(rows, METRICS))
+        print(json.dumps({"panels": args.panels, "budgets": rows}))
+        return
     answerer = reference_answerer(args.reference) if args.reference else bundle_answerer(args.bundle)
     items = make_items(args.panels, args.first_seed)
     if args.against:

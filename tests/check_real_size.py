@@ -1,9 +1,10 @@
 """Towers of their published sizes, with random weights, against transformers on photographs: by hand, not in CI.
 
-    python tests/check_real_size.py [--towers clip-l14-336 siglip-b16-512 siglip-so400m-384]
+    python tests/check_real_size.py [--towers clip-l14-336 siglip-b16-512 siglip-so400m-384] [--forms int8 int4]
 
 A whole LLaVA checkpoint with a tiny language model is written and converted as fp32, fp16, int8 and int4. Compared are
-the pixels (to the last bit), the embeddings of fp32 with those of transformers, and of the other forms with fp32.
+the pixels (to the last bit), the embeddings of fp32 with those of transformers, and of the other forms with fp32, which
+is therefore made whatever forms are asked for.
 Several minutes and 7 GB of disk for each tower; prints a table in Markdown.
 """
 
@@ -74,8 +75,8 @@ def write_checkpoint(folder: Path, name: str) -> transformers.LlavaForConditiona
     return model
 
 
-def check(name: str, folder: Path) -> list[str]:
-    """The table's rows of one tower."""
+def check(name: str, folder: Path, forms: list[str]) -> list[str]:
+    """The table's rows of one tower, in the order of `FORMS`; that of fp32 in any case."""
     model = write_checkpoint(folder / "checkpoint", name)
     processor = transformers.AutoImageProcessor.from_pretrained(folder / "checkpoint", backend="pil")
     pictures = photographs()
@@ -87,7 +88,7 @@ def check(name: str, folder: Path) -> list[str]:
     del model
     gc.collect()
     rows, exact = [], reference
-    for form in FORMS:
+    for form in (each for each in FORMS if each == "fp32" or each in forms):
         started = time.monotonic()
         out = folder / form
         options = {"decoder_quant": "f16", "encoder_quant": form, "fidelity_tokens": 0, "force": True}
@@ -116,11 +117,13 @@ def check(name: str, folder: Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--towers", nargs="+", default=list(TOWERS), choices=TOWERS)
+    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS)
+    arguments = parser.parse_args()
     print("| tower | form | MB | against | cosine, mean / min | error | smoothed | in float32 | s |\n"
           "|---|---|---:|---|---|---:|---|---:|---:|")  # fmt: skip
-    for name in parser.parse_args().towers:
+    for name in arguments.towers:
         with tempfile.TemporaryDirectory() as folder:
-            check(name, Path(folder))
+            check(name, Path(folder), arguments.forms)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,16 @@ Array = NDArray[Any]
 
 #: One in so many of the kernels' random cases is tried: emulated computers are slow (docs/raspberry-pi.md).
 THIN = int(os.environ.get("EDGEVLM_THIN", "1"))
+#: Shapes that models cut in different ways: (height, width).
+SIZES = {"landscape": (40, 70), "portrait": (90, 31), "square": (64, 64), "strip": (3, 200), "pixel": (1, 1),
+         "large": (700, 520), "wide": (80, 230)}  # fmt: skip
+
+
+def picture(size: str, seed: int = 0) -> Array:
+    """Noise over a gradient, uint8 [H, W, 3], of one of `SIZES`."""
+    height, width = SIZES[size]
+    ramp = np.linspace(0, 160, height * width * 3).reshape(height, width, 3)
+    return (ramp + np.random.default_rng(seed).integers(0, 95, ramp.shape)).astype(np.uint8)
 
 
 def noise(height: int = 24, width: int = 36, channels: int = 3) -> Array:

@@ -25,12 +25,12 @@ REFERENCES = {"torch", "transformers", "tokenizers", "safetensors"}
 
 #: Who may import whom inside edgevlm: one direction, from the front ends down to the contracts.
 BASE = {"errors", "files", "spec", "machine", "cgroup", "threads", "options", "answer", "progress", "text"}
-STAGES = {"_arrays", "_kernels", "bundle", "decoder", "describe", "encoder", "frames", "generate", "gguf", "gguf_llama",
-          "image", "journal", "kernels", "layout", "llama", "preprocess", "prompt", "sampling", "splice", "storage",
-          "template", "tiling", "vocabulary", "vision", "kept", "blob", "messages", "choose", "stream",
-          "state_folder",
-          "native", "footprint", "memory",
-          "tuning"}  # fmt: skip
+STAGES = {
+    "_arrays", "_kernels", "blob", "budget", "bundle", "choose", "decoder", "describe", "encoder", "footprint",
+    "frames", "generate", "gguf", "gguf_llama", "held", "image", "journal", "kept", "kernels", "layout", "llama",
+    "memory", "messages", "native", "preprocess", "prompt", "sampling", "splice", "state_folder", "storage", "stream",
+    "template", "tiling", "tuning", "vision", "vocabulary",
+}  # fmt: skip
 CONVERTERS_MAY = {
     "errors", "files", "spec", "bundle", "storage", "llama", "encoder", "decoder", "families", "gguf", "journal",
     "image", "messages", "preprocess", "prompt",

@@ -93,6 +93,13 @@ def test_ask_json_is_the_documented_object_and_the_last_line(run: Runner, panel:
     assert document["memory"]["peak_rss_bytes"] > 10e6
 
 
+@pytest.mark.parametrize(("budget", "image_tokens"), [("full", 64), ("16", 16), ("1000", 64)])
+def test_pictures_take_no_more_than_their_budget(run: Runner, panel: Path, budget: str, image_tokens: int) -> None:
+    document = json.loads(run("ask", QUESTION, "-i", panel, "--image-tokens", budget, "--json").out)
+    assert document["text"] == ANSWER
+    assert document["usage"]["image_tokens"] == image_tokens
+
+
 def test_max_tokens_and_stop(run: Runner, panel: Path) -> None:
     cut = json.loads(run("ask", "Describe the panel.", "-i", panel, "--max-tokens", "2", "--json").out)
     assert (cut["finish_reason"], cut["usage"]["completion_tokens"]) == ("length", 2)
@@ -220,6 +227,7 @@ def test_pictures_that_cannot_be_used(run: Runner, tmp_path: Path) -> None:
 
 def test_a_picture_for_a_text_model(run: Runner, panel: Path, smollm2: Path) -> None:
     refused(run("ask", "What is this?", "-i", panel, "-m", smollm2), "capability.no_vision")
+    refused(run("ask", "Why?", "-m", smollm2, "--image-tokens", "16"), "capability.no_vision")
 
 
 def test_a_prompt_longer_than_the_context(run: Runner, panel: Path) -> None:
@@ -265,6 +273,8 @@ def test_bench_measures_preprocessing_only(run: Runner, tmp_path: Path) -> None:
 def test_arguments_outside_their_range(run: Runner, panel: Path) -> None:
     for option, value in (("--max-tokens", "0"), ("--temperature", "-1"), ("--top-p", "2"), ("--threads", "0")):
         refused(run("ask", QUESTION, "-i", panel, option, value), "usage.invalid", 2)
+    for budget in ("0", "-1", "nan", "abc", "", "9" * 40, "16:pool"):
+        refused(run("ask", QUESTION, "-i", panel, "--image-tokens", budget), "usage.invalid", 2, "image_tokens", "full")
     for wrong in (("ask",), ("ask", QUESTION, "--max-tokens", "many"), ("nonsense",), ("ask", QUESTION, "--nonsense")):
         result = run(*wrong)
         assert (result.code, result.out) == (2, "")

@@ -9,8 +9,9 @@ import onnx
 import pytest
 import tiny
 import tiny_minicpm
+from pictures import picture
 from PIL import Image
-from test_minicpm import VARIANTS, picture
+from test_minicpm import VARIANTS
 from tiny_minicpm import LLAMA3V, RELEASED, TOKENS, Variant
 
 import edgevlm

@@ -136,7 +136,7 @@ def test_what_each_form_costs(forms):
     """Random weights, which have no redundancy. Relative errors are about 0.01 as int8 and 0.2 as int4."""
     cost = {quant: manifest.fidelity["encoder"] for quant, (_, manifest) in forms.items()}
     assert cost["fp16"]["cosine_min"] > 0.99999
-    assert cost["int8"]["cosine_min"] > 0.998
+    assert cost["int8"]["cosine_min"] > 0.997
     assert 0.999 > cost["int4"]["cosine_mean"] > 0.95
     assert not any("exceeded_limits" in manifest.fidelity for _, manifest in forms.values())
 

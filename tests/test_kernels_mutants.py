@@ -43,6 +43,7 @@ CHECKED = [
 UNSEEN = [
     Mutant("sample that is not there", "resize.c", "n_bytes - 1);", "n_bytes);"),
     Mutant("leak", "resize.c", "free(job->canvas_rows);", ""),
+    Mutant("scratch too small", "attention.c", "return finite + ATTENTION_ALIGNMENT", "return finite"),
     Mutant("overflow", "coeffs.c", "w * (1 << RESIZE_WEIGHT_BITS)", "w * (1L << (RESIZE_WEIGHT_BITS + 10))"),
 ]
 if platform.machine() == "x86_64":
@@ -57,6 +58,9 @@ if platform.machine() == "x86_64":
         Mutant("alpha", "frames_avx2.c", "_mm256_set1_epi16(128)", "_mm256_set1_epi16(127)"),
         Mutant("tap", "lanes.h", "g * format->taps + t - shift", "g * format->taps + t + 1 - shift"),
         Mutant("write behind a row", "lanes_x86.h", "i + 2 < plan->n_out", "i + 1 < plan->n_out"),
+        Mutant("moved keys", "attention_avx512.c", "-KEY_MOVED * query_sums[r]", "KEY_MOVED * query_sums[r]"),
+        Mutant("order of weights", "attention_avx512.c", "(j) / 16 % 2 * 4", "(j) / 16 % 2 * 0"),
+        Mutant("small weights", "attention_avx2.c", "_mm256_set1_ps(-24.0f)", "_mm256_set1_ps(-4.0f)"),
         Mutant("groups", "lanes.h", "(shift + count + format->taps - 1) / format->taps", "count / format->taps"),
     ]
     UNSEEN += [
@@ -78,6 +82,12 @@ ARM64 = [
     Mutant("moved by", "dotprod.c", "128u * ", "127u * "),
     Mutant("last sample", "lanes_neon.h", "memcpy(row, cut, n_bytes - at)", "memcpy(row, cut, n_bytes - at - 1)"),
     Mutant("last rows", "lanes_neon.h", "(n_taps - 1) / 4 * 4 + k", "n_taps / 4 * 4 + k"),
+    Mutant("moved values", "attention_dotprod.c", "VALUE_MOVED * sums", "127 * sums"),
+    Mutant("upper byte", "attention_dotprod.c", "vshrn_n_u16(both, 8)", "vshrn_n_u16(both, 7)"),
+    Mutant(
+        "second half", "attention_neon.c", "vmlal_high_n_s16(parts[r][1], x, w)", "vmlal_high_n_s16(parts[r][1], x, 1)"
+    ),
+    Mutant("small weights", "attention_neon.h", "vdupq_n_f32(-24.0f)", "vdupq_n_f32(-4.0f)"),
     Mutant("chroma", "frames_neon.c", "vsraq_n_s32(high, low, 15)", "vsraq_n_s32(high, low, 14)"),
     Mutant("alpha", "frames_neon.c", "vraddhn_u16(x, ", "vaddhn_u16(x, "),
 ]

@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import tiny_minicpm
 import torch
+from pictures import SIZES, picture
 from test_convert import EMBED_TOLERANCE, LOGIT_TOLERANCE, exact_logits
 from tiny_minicpm import PATCH_PX, TOKENS, Variant
 
@@ -28,16 +29,6 @@ VARIANTS = {
     "later revision": Variant(processor=True, heads=2, queries=6, side=7, dtype=torch.bfloat16),
     "llama3v": Variant(llama3v=True, most=4, side=10, dtype=torch.float16),
 }
-#: (height, width)
-SIZES = {"landscape": (40, 70), "portrait": (90, 31), "square": (64, 64), "strip": (3, 200), "pixel": (1, 1),
-         "large": (700, 520), "wide": (80, 230)}  # fmt: skip
-
-
-def picture(size, seed=0):
-    """Noise over a gradient, uint8 [H, W, 3]."""
-    height, width = SIZES[size]
-    ramp = np.linspace(0, 160, height * width * 3).reshape(height, width, 3)
-    return (ramp + np.random.default_rng(seed).integers(0, 95, ramp.shape)).astype(np.uint8)
 
 
 @pytest.fixture(scope="module", params=VARIANTS)

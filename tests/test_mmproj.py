@@ -8,6 +8,7 @@ in `test_smolvlm.py` and `test_convert_llava_original.py`.
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import mtmd
 import numpy as np
@@ -15,8 +16,9 @@ import pytest
 import tiny
 import tiny_mmproj
 import tiny_smolvlm
+from pictures import picture
 from test_convert_llava_original import MM, original
-from test_smolvlm import layout_ids, picture, reference_inputs
+from test_smolvlm import layout_ids, reference_inputs
 from tiny import Variant
 from tiny import copy as tiny_copy
 from tiny_mmproj import KINDS, TYPES
@@ -190,6 +192,21 @@ def test_what_converters_change_is_undone(smolvlm, llava, tmp_path, family, chan
     found = paired(text, file, tmp_path)
     assert (found.spec, found.files) == (wanted.spec, wanted.files)
     assert len(found.provenance["notes"]) == CHANGES[change]
+
+
+@pytest.mark.parametrize("kind", [TYPES.F16, TYPES.BF16], ids=lambda kind: kind.name)
+def test_a_joined_bias_of_two_bytes_a_number_is_split(llava, tmp_path, kind):
+    """BF16 arrives as bytes, of which a bias has twice as many as numbers."""
+    folder, _, text, tower = llava
+    file = tiny_mmproj.legacy(folder, tower, kind=TYPES.BF16)
+    file.types |= {name: kind for name in file.tensors if re.search(r"attn_[qkv]\.bias", name)}
+    wanted = paired(text, file, tmp_path)
+    qkv_joined(file)
+    assert file.types["v.blk.1.attn_qkv.bias"] == kind
+    found = paired(text, file, tmp_path)
+    assert (found.spec, found.files) == (wanted.spec, wanted.files)
+    file.tensors["v.blk.1.attn_qkv.bias"][48] += 1  # the twin: the first number of K
+    assert paired(text, file, tmp_path).files != wanted.files
 
 
 def test_fc1_and_fc2_are_told_by_their_shapes(llava, tmp_path):

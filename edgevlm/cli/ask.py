@@ -72,6 +72,9 @@ def ask(
             help="Keep there what was computed of pictures, for the next time. [default: nothing is kept]",
         ),
     ] = None,
+    image_tokens: Annotated[
+        str, typer.Option("--image-tokens", metavar="full|N", help="Most tokens of each picture; fewer answer sooner.")
+    ] = "full",
     json_output: Annotated[
         bool, typer.Option("--json", help="Print one JSON object with the answer, usage, timings and memory.")
     ] = False,
@@ -86,7 +89,7 @@ def ask(
       edgevlm ask "What does the display read?" -i panel.jpg
       edgevlm ask "Which lamps are on?" -i - --json < panel.jpg
       edgevlm ask "Is the red lamp on?" -i panel.jpg --choices yes,no
-      edgevlm ask "{image} is new, {image} is worn. What changed?" -i new.jpg -i worn.jpg -m ./smolvlm
+      edgevlm ask "From {image} to {image}: what changed?" -i a.jpg -i b.jpg
       edgevlm ask "Why is the sky blue?" -m smollm2.gguf --max-tokens 80
     """
     from edgevlm.loading import load
@@ -95,7 +98,14 @@ def ask(
 
     question, images = inputs(prompt, image or [])
     parts = marked(question, images)
-    with load(model, context=context, threads=parse_threads(threads), state=state, ram_budget=ram_budget) as loaded:
+    with load(
+        model,
+        context=context,
+        threads=parse_threads(threads),
+        state=state,
+        ram_budget=ram_budget,
+        image_tokens=image_tokens,
+    ) as loaded:
         if choices is not None:
             _report(loaded.pick(parts, choices.split(","), system=system), json_output, streamed=False)
             return

@@ -39,7 +39,10 @@ N_PANELS = 20
 #: Neither trained on nor used by another test.
 FIRST_SEED = 810_000_000
 ASK = ("-m", "edgevlm", "ask", "What does the display read?", "--image", "examples/panel.jpg")
-KERNEL_TESTS = ("tests/test_kernels.py", "tests/test_kernels_tiles.py", "tests/test_kernels_frames.py")
+KERNEL_TESTS = (
+    "tests/test_kernels.py", "tests/test_kernels_tiles.py", "tests/test_kernels_frames.py",
+    "tests/test_kernels_attention.py",
+)  # fmt: skip
 #: Of a resize, as a share of scalar's. The aim for every target is a quarter, which this one does not reach.
 MOST_INSTRUCTIONS = {"neon": 0.27}
 #: Without tests/conftest.py, which names packages that the computers lack, and without this machine's cache.
