@@ -11,6 +11,7 @@ from edgevlm.errors import ContextError
 from edgevlm.pipeline import Model
 from edgevlm.prompt import Message
 from edgevlm.stream import Stream
+from edgevlm.tools import check_tools
 
 if TYPE_CHECKING:
     from edgevlm.vision import ImageSource
@@ -55,10 +56,10 @@ class Chat:
             model._eyes()
         turn = chat_messages.with_images(turn, model._look(turn, Timings()))
         asked = [*self.messages, *turn]
-        dropped = self._fit(asked) if self._drop_oldest else 0
+        dropped = self._fit(asked, options.get("tools") or ()) if self._drop_oldest else 0
         first, rest = asked[: self._n_system], asked[self._n_system :]
         inner = model._stream([*first, *rest[2 * dropped :]], options, dropped_turns=dropped)
-        return Stream(self._recorded(turn, inner))
+        return Stream(self._recorded(turn, inner), inner.cancelled)
 
     def reset(self) -> None:
         """Forget all turns; the system message stays."""
@@ -81,15 +82,16 @@ class Chat:
     def _record(self, turn: list[Message], answer: str) -> None:
         self.messages += [*turn, {"role": "assistant", "content": answer}]
 
-    def _fit(self, asked: list[Message]) -> int:
+    def _fit(self, asked: list[Message], tools: Any) -> int:
         """How many of the oldest turns must go so that the prompt fits."""
         first, rest = asked[: self._n_system], asked[self._n_system :]
         n_turns = len(rest) // 2
+        checked = check_tools(tools) if tools else ()
         for dropped in range(n_turns + 1):
             messages = [*first, *rest[2 * dropped :]]
             layouts = [picture.layout for picture in chat_messages.images_of(messages)]
             try:
-                self._model._check_room(self._model._plan(messages, layouts))
+                self._model._check_room(self._model._plan(messages, layouts, checked))
             except ContextError:
                 if dropped == n_turns:
                     raise

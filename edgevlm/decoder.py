@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from edgevlm.errors import BackendError, ContextError, UsageError
+from edgevlm.errors import BackendError, Cancelled, ContextError, UsageError
 from edgevlm.gguf import GGUFHeader, read_header
 from edgevlm.held import ALONE_DIFFERS, N_TOKENS, batches, drawn, shared
 from edgevlm.llama import clear_log, last_log, library
@@ -88,6 +88,7 @@ class Decoder:
         )
         #: What the context holds: for each position the token's id, or which row of which picture.
         self.held: list[Position] = []
+        self.cancelled = threading.Event()  # set, it ends `prefill` before the next batch
         #: Held while native code works on the context.
         self._busy = threading.Lock()
         _decoders.add(self)
@@ -201,6 +202,7 @@ class Decoder:
         Raises:
             ContextError: they do not fit; nothing was decoded.
             BackendError: llama.cpp failed.
+            Cancelled: `cancelled` was set.
         """
         self.check_open()
         self._check_room(sum(map(len, segments)))
@@ -236,8 +238,7 @@ class Decoder:
         clear_log()
         with self._busy:
             read = self._llama.llama_state_seq_set_data(self._context, pointer, len(view), 0)
-            memory = self._llama.llama_get_memory(self._context)
-            last = self._llama.llama_memory_seq_pos_max(memory, 0)
+            last = self._llama.llama_memory_seq_pos_max(self._llama.llama_get_memory(self._context), 0)
         if read != len(view) or last != len(held) - 1:
             self.reset()
             return False
@@ -273,13 +274,13 @@ class Decoder:
             ContextError: the context is full.
         """
         self.prefill([TextSegment((token,))])
-        if self._is_alone_different():
+        if self.alone_differs(self.n_past):
             self.held[-1] = drawn(token)
 
-    def _is_alone_different(self) -> bool:
-        """Whether the last position, decoded as a single row, may have other bits than in a batch."""
-        alone = self._llama.llama_n_threads(self._context) == 1
-        return self._exact or (self.n_past > ALONE_DIFFERS and not alone)
+    def alone_differs(self, n_positions: int) -> bool:
+        """Whether the last of so many positions may have other bits decoded as a single row than in a batch."""
+        one_thread = self._llama.llama_n_threads(self._context) == 1
+        return self._exact or (n_positions > ALONE_DIFFERS and not one_thread)
 
     def logits(self) -> NDArray[np.float32]:
         """Logits of the last decoded position, float32 [n_vocab]: a view that lasts until the next decode or `close`.
@@ -340,6 +341,8 @@ class Decoder:
                 logits=ctypes.cast(outputs, ctypes.POINTER(ctypes.c_int8)),
             )
             clear_log()
+            if self.cancelled.is_set():
+                raise Cancelled
             with self._busy:
                 self.check_open()
                 status = llama.llama_decode(self._context, batch)

@@ -2,6 +2,7 @@
 
     EdgeVLMError
     ├── UsageError                    the call itself is wrong
+    ├── SchemaError                   a JSON schema is not one, or asks for what we cannot compile
     ├── FileError                     a path is missing, unreadable or not a regular file
     ├── StorageError                  the disk refused (full, read-only, failed fsync)
     ├── ImageError                    a picture cannot be used
@@ -31,6 +32,8 @@ from typing import Any
 #: Every code that may be raised, with the sentence that documents it.
 CODES: dict[str, str] = {
     "usage.invalid": "an argument is outside its range or contradicts another",
+    "schema.invalid": "the schema is not a JSON schema, or nothing satisfies it",
+    "schema.unsupported": "the schema uses a keyword that is not understood, or is too large",
     "file.not_found": "the path does not exist",
     "file.not_regular": "the path is a folder, a pipe or a device where a file is needed",
     "file.unreadable": "the operating system refused to read the file",
@@ -61,6 +64,7 @@ CODES: dict[str, str] = {
     "imatrix.mismatch": "the importance matrix belongs to another model",
     "fidelity.exceeded": "the converted model differs too much from its checkpoint",
     "capability.no_vision": "a picture was given to a text-only model",
+    "capability.no_tools": "the model's chat template has no place for tools",
     "capability.no_template": "the model carries no chat template that can be used",
     "context.too_small": "the prompt needs more positions than the context has",
     "memory.too_small": "the model needs more memory than there is, or than it was allowed",
@@ -108,6 +112,21 @@ class UsageError(EdgeVLMError):
 
     def __init__(self, message: str, *, code: str = "usage.invalid") -> None:
         super().__init__(message, code=code)
+
+
+class SchemaError(EdgeVLMError):
+    """A JSON schema is not one, or asks for what we cannot compile.
+
+    Args:
+        pointer: Where in the schema, as a JSON pointer (RFC 6901).
+    """
+
+    exit_code = 2
+    http_status = 400
+
+    def __init__(self, message: str, *, code: str, pointer: str) -> None:
+        super().__init__(message, code=code)
+        self.pointer = pointer
 
 
 class FileError(EdgeVLMError):
@@ -199,6 +218,10 @@ class DependencyError(EdgeVLMError):
 
 class BackendError(EdgeVLMError):
     """llama.cpp or ONNX Runtime failed."""
+
+
+class Cancelled(Exception):
+    """The caller does not want the rest of an answer; it never leaves edgevlm."""
 
 
 def need(module: str, extra: str) -> ModuleType:

@@ -75,6 +75,7 @@ class Settings:
         context: Positions.
         kv_type: Type of the key/value cache.
         batch: Positions decoded in one call.
+        scored: Rows of logits that are read at once.
         repack: Whether the decoder's weights are copied into a faster layout.
         encoder: `resident`, or `released`: it is loaded for each new picture, in turn with the decoder.
     """
@@ -83,6 +84,7 @@ class Settings:
     kv_type: Literal["f16", "f32"] = "f16"
     batch: int = 512
     repack: bool = True
+    scored: int = 1
     encoder: Literal["resident", "released"] = "resident"
 
 
@@ -172,6 +174,7 @@ def with_encoder(
     nbytes: int,
     *,
     released: bool = False,
+    scores: bool = True,
     picture_px: tuple[int, int] = PICTURE_PX,
 ) -> Footprint:
     """Add what an encoder takes.
@@ -182,6 +185,7 @@ def with_encoder(
         image: How pictures are cut.
         nbytes: Size of its weights' file.
         released: Whether it takes turns with the decoder.
+        scores: Whether the scores of all heads are held at once.
         picture_px: Height and width of the largest picture.
     """
     patches = (image.height_px // spec.patch_px) * (image.width_px // spec.patch_px) + (spec.tower == "clip")
@@ -193,7 +197,7 @@ def with_encoder(
         found,
         process=found.process + _libraries(["PIL", "onnxruntime"]) + Part(_SESSION),
         encoder=Part(int(weights)),
-        activations=Part(int(_activation_bytes(spec, patches) + scratch)),
+        activations=Part(int(_activation_bytes(spec, patches, scores=scores) + scratch)),
         picture=Part(4 * picture_px[0] * picture_px[1]),
         tiles=Part(n_tiles * (tile_bytes + 2 * 4 * spec.n_tokens * spec.n_embd)),
         released=released,
@@ -249,8 +253,9 @@ def _compute_bytes(shape: _Shape, settings: Settings, cells: int) -> float:
     attention = 3 * shape.width + 2 * shape.q + 2 * shape.kv + (shape.heads * cells if exact else 0)
     mask = cells * (4 if exact else 2)
     operands = shape.operand * max(shape.hidden, shape.width, shape.q)
-    logits = 2 * 4 * shape.vocab
-    return settings.batch * (4 * max(feed_forward, attention) + mask + operands + 24) + logits
+    logits = settings.scored * (shape.vocab + 2 * shape.width)
+    alive = 4 * max(settings.batch * feed_forward, settings.batch * attention, logits)
+    return alive + settings.batch * (mask + operands + 24) + 4 * settings.scored * shape.vocab
 
 
 def _repacked(tensors: Iterable[TensorInfo], features: frozenset[str]) -> list[TensorInfo]:
@@ -286,11 +291,11 @@ def _encoder_weights(spec: EncoderSpec, nbytes: int) -> tuple[float, float]:
     return nbytes, 4.8 * matrix if width < 0.9 else 0
 
 
-def _activation_bytes(spec: EncoderSpec, patches: int) -> int:
+def _activation_bytes(spec: EncoderSpec, patches: int, *, scores: bool) -> int:
     """Of one tile: scores of all heads, queries, keys and values, and the feed-forward part."""
-    scores = spec.heads * patches**2
+    attention = spec.heads * patches**2 if scores else 3 * patches * spec.hidden
     hidden = spec.intermediate * (3.0 if spec.activation == "quick_gelu" else 1.5)
-    return int(4 * (scores + patches * (3 * spec.hidden + hidden)))
+    return int(4 * (attention + patches * (3 * spec.hidden + hidden)))
 
 
 def resident() -> Part:

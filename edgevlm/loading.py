@@ -19,8 +19,9 @@ from edgevlm.gguf import read_header
 from edgevlm.kept import Kept
 from edgevlm.llama import cpu_features
 from edgevlm.machine import available_bytes, cpu_name
-from edgevlm.memory import Files, MemoryPlan, parse_size, plan_memory
+from edgevlm.memory import Files, MemoryPlan, holds_scores, parse_size, plan_memory
 from edgevlm.native import KVType
+from edgevlm.options import MOST_LOOKUP
 from edgevlm.pipeline import Model
 from edgevlm.threads import Threads, ThreadsLike, resolve_threads
 from edgevlm.tuning import identity, recall
@@ -29,6 +30,8 @@ from edgevlm.vision import Vision, no_vision
 #: The memory cache of embeddings: a 32nd of what is available, between these.
 _CACHE_PART = 32
 _LEAST_CACHE_BYTES, _MOST_CACHE_BYTES = 16 << 20, 256 << 20
+#: Rows of logits at once: what lookup guesses, and one more. A vocabulary of 128k takes half a megabyte for each.
+_SCORED = MOST_LOOKUP + 1
 
 
 def load(
@@ -74,7 +77,7 @@ def load(
     bundle = open_bundle(path) if os.path.isdir(path) else None
     if budget and (bundle is None or bundle.spec.encoder is None):
         raise no_vision(bundle.spec.name if bundle else path.name)
-    files = _files(bundle.path("decoder") if bundle else path, bundle.manifest if bundle else None)
+    files = _files(path, bundle.manifest if bundle else None)
     plan = _plan(files, context, kv_type, nbytes)
     owner = identity(path, bundle)
     counts = resolve_threads(threads, None if isinstance(threads, int) else recall(owner))
@@ -104,20 +107,26 @@ def forecast(
     """
     path = BUILTIN if model is None else Path(model)
     manifest = read_manifest(path) if os.path.isdir(path) else None
-    decoder = path
-    if manifest is not None:
-        decoder = path / next(entry.name for entry in manifest.files if entry.role == "decoder")
-    return _plan(_files(decoder, manifest), context, "f16", parse_size(ram_budget))
+    return _plan(_files(path, manifest), context, "f16", parse_size(ram_budget))
 
 
-def _files(decoder: Path, manifest: Manifest | None) -> Files:
+def _files(path: Path, manifest: Manifest | None) -> Files:
     features = cpu_features()  # before the measurement: it loads the library
     before = resident()
-    return Files(header=read_header(decoder), manifest=manifest, features=features, before=before)
+    named = {entry.role: path / entry.name for entry in manifest.files} if manifest else {}
+    return Files(
+        header=read_header(named.get("decoder", path)),
+        manifest=manifest,
+        features=features,
+        before=before,
+        scores="encoder" in named and holds_scores(named["encoder"]),
+    )
 
 
 def _plan(files: Files, context: int | None, kv_type: KVType, budget: int | None) -> MemoryPlan:
-    settings = Settings(context=context_size(files.header, context), kv_type=kv_type, batch=files.batch(kv_type))
+    settings = Settings(
+        context=context_size(files.header, context), kv_type=kv_type, batch=files.batch(kv_type), scored=_SCORED
+    )
     return plan_memory(files, settings, budget=budget, context_is_fixed=context is not None)
 
 
@@ -131,6 +140,7 @@ def _open_decoder(files: Files, plan: MemoryPlan, threads: Threads) -> Decoder:
         kv_type=chosen.kv_type,
         repack=chosen.repack,
         batch=chosen.batch,
+        scored=chosen.scored,
     )
 
 

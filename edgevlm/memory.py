@@ -16,6 +16,7 @@ from typing import Any
 
 from edgevlm.bundle import Manifest
 from edgevlm.errors import MemoryPlanError, UsageError
+from edgevlm.files import open_regular
 from edgevlm.footprint import (
     PICTURE_PX,
     Footprint,
@@ -39,6 +40,8 @@ _GOOD_CONTEXT = 2048
 #: Positions of one call at most, and what a budget makes of them: never fewer than llama.cpp's other kernel begins at.
 MOST_ROWS = 512
 _BATCHES = (MOST_ROWS, 256, 128)
+#: Of an encoder's graph at most so much is looked at; the weights lie in a file of their own.
+_GRAPH_BYTES = 16 << 20
 #: Without a budget, so many times what is available must be needed for a refusal: the estimate may be off, and the
 #: system can make room by swapping.
 _HOPELESS = 1.25
@@ -53,12 +56,14 @@ class Files:
         manifest: Of the bundle; None for a plain GGUF file.
         features: What llama.cpp makes use of on this CPU (`edgevlm.llama.cpu_features`).
         before: What this process held before it read the header.
+        scores: Whether the encoder holds the scores of all heads at once (`holds_scores`).
     """
 
     header: GGUFHeader
     manifest: Manifest | None
     features: frozenset[str]
     before: Part
+    scores: bool = True
 
     def footprint(self, settings: Settings, picture_px: tuple[int, int] = PICTURE_PX) -> Footprint:
         """The estimate for these settings."""
@@ -69,7 +74,9 @@ class Files:
         released = settings.encoder == "released"
         assert self.manifest is not None
         nbytes = sum(entry.size for entry in self.manifest.files if entry.role == "encoder-data")
-        return with_encoder(found, spec.encoder, spec.image, nbytes, released=released, picture_px=picture_px)
+        return with_encoder(
+            found, spec.encoder, spec.image, nbytes, released=released, scores=self.scores, picture_px=picture_px
+        )
 
     def batch(self, kv_type: str) -> int:
         """The most positions that are ever decoded in one call: a picture's, or tokens (`edgevlm.held`)."""
@@ -143,6 +150,15 @@ class MemoryPlan:
         if self.budget is not None:
             rows.append(("budget", f"{_mb(self.budget)}"))
         return rows + [("budget", words) for words in self.given_up]
+
+
+def holds_scores(graph: Path) -> bool:
+    """Whether an encoder's graph has ONNX Runtime's attention, which holds the scores of all heads; ours does not.
+
+    The file is looked through for the operator's name: reading a graph takes a library.
+    """
+    with open_regular(graph) as (file, _size):
+        return b"MultiHeadAttention" in file.read(_GRAPH_BYTES)
 
 
 def parse_size(size: str | int | None) -> int | None:

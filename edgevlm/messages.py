@@ -15,6 +15,7 @@ from typing import Any
 
 from edgevlm.errors import UsageError
 from edgevlm.prompt import Message
+from edgevlm.tools import check_calls
 
 ROLES = ("system", "user", "assistant", "tool")
 #: What stands for the next picture in a prompt.
@@ -73,6 +74,9 @@ def marked(prompt: str, images: Sequence[Any]) -> str | list[Any]:
 def conversation(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     """Check a conversation of several turns; it ends with what the model shall answer.
 
+    Besides role and content a message may have `tool_calls` (the assistant's), `tool_call_id` and `name`; whatever else
+    is in it is left out.
+
     Raises:
         UsageError: naming the message that cannot be understood.
     """
@@ -88,7 +92,14 @@ def conversation(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
             content = [*map(_part, content)]
         elif content is not None or not message.get("tool_calls"):
             _check_text(f"message {number}: content", content)
-        checked.append({**message, "content": content})
+        known = {"role": role, "content": "" if content is None else content}
+        if message.get("tool_calls"):
+            known["tool_calls"] = check_calls(f"message {number}", message["tool_calls"])
+        for name in ("name", "tool_call_id"):
+            if message.get(name) is not None:
+                _check_text(f"message {number}: {name}", message[name])
+                known[name] = message[name]
+        checked.append(known)
     if checked[-1]["role"] not in ("user", "tool"):
         raise UsageError(f"the last message must be the user's, found {checked[-1]['role']}")
     return checked

@@ -6,10 +6,16 @@ import functools
 import math
 import numbers
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from edgevlm.errors import UsageError
+from edgevlm.schema import Format
+from edgevlm.tools import check_tools
+
+#: Most tokens that are guessed ahead.
+MOST_LOOKUP = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,19 +27,40 @@ class GenerateOptions:
         temperature: 0 is greedy; up to 10. Logits are divided by it.
         top_k: Only the k most probable tokens may be drawn; 0 allows all.
         top_p: Only the most probable tokens whose probabilities sum up to this may be drawn, in (0, 1].
+        min_p: Only tokens with at least this part of the likeliest token's probability may be drawn, 0 to 1; 0 allows
+            all. Probabilities are those at temperature 1, as in llama.cpp's order of samplers.
+        repetition_penalty: Makes tokens of the prompt and of the answer less likely (above 1) or more (below), 0.1 to
+            10; 1 changes nothing.
         seed: Seed of the random numbers, 0 to 2^63-1; None draws a fresh one. Greedy answers need none.
         stop: Texts that end the answer; they are not part of it.
+        logprobs: How many alternatives to report for each drawn token, 0 to 20, with the log-probabilities that the
+            model itself computed: before penalty, temperature and any filter. None reports nothing.
+        schema: A JSON schema, as Python values or JSON text; the answer is a document that satisfies it. True asks for
+            any JSON document, None for free text. docs/generation.md says which keywords are understood.
+        lookup: How many tokens to guess ahead from what the prompt and the answer hold already, 0 to 8. It changes the
+            time that an answer takes, not the answer.
+        tools: What the model may ask to be called, as `{"type": "function", "function": {"name", "description",
+            "parameters"}}`; `Answer.tool_calls` has what it asks for.
 
     Raises:
-        UsageError: a value is outside its range.
+        UsageError: a value is outside its range, or two exclude each other.
+        SchemaError: the schema cannot be compiled.
     """
 
     max_tokens: int | None = 256
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     seed: int | None = None
     stop: Sequence[str] = ()
+    logprobs: int | None = None
+    schema: Mapping[str, Any] | str | bool | None = None
+    lookup: int = 0
+    tools: Sequence[Mapping[str, Any]] = ()
+    #: The schema, compiled.
+    format: Format | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         put = functools.partial(object.__setattr__, self)  # frozen for everybody else
@@ -43,12 +70,21 @@ class GenerateOptions:
         put("top_k", _whole("top_k", self.top_k, 0, 1 << 24))
         put("top_p", _number("top_p", self.top_p, 0, 1))
         _check(self.top_p > 0, "top_p", "above 0 and at most 1", self.top_p)
+        put("min_p", _number("min_p", self.min_p, 0, 1))
+        put("repetition_penalty", _number("repetition_penalty", self.repetition_penalty, 0.1, 10))
+        if self.logprobs is not None:
+            put("logprobs", _whole("logprobs", self.logprobs, 0, 20))
         if self.seed is not None:
             put("seed", _whole("seed", self.seed, 0, (1 << 63) - 1))
         stops = self.stop
         _check(isinstance(stops, Sequence) and not isinstance(stops, (str, bytes)), "stop", "a list of texts", stops)
         _check(all(isinstance(stop, str) and stop for stop in stops), "stop", "a list of texts, none empty", stops)
         put("stop", tuple(stops))
+        put("lookup", _whole("lookup", self.lookup, 0, MOST_LOOKUP))
+        put("tools", check_tools(self.tools) if self.tools else ())
+        if self.schema is not None:
+            _check(not stops, "stop", "empty beside schema, which says itself where the answer ends", stops)
+            put("format", Format(self.schema))
 
 
 def _whole(name: str, value: object, low: int, high: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from edgevlm import prompt as prompts
 from edgevlm.answer import Answer, FinishReason, Timings, Usage
 from edgevlm.choose import check_choices, probabilities
 from edgevlm.decoder import Decoder
-from edgevlm.errors import CapabilityError, ContextError, UsageError
+from edgevlm.errors import Cancelled, CapabilityError, ContextError, UsageError
 from edgevlm.generate import Generation
 from edgevlm.kept import Kept
 from edgevlm.layout import ImageLayout
@@ -23,7 +25,8 @@ from edgevlm.prompt import Message
 from edgevlm.spec import ModelSpec, PromptSpec
 from edgevlm.splice import Plan, PlannedImage, Position, plan, positions, skip, splice
 from edgevlm.stream import Stream
-from edgevlm.vision import Picture, Vision, no_vision
+from edgevlm.tools import parse_calls
+from edgevlm.vision import Picture, Vision, embeds_of, no_vision
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,6 +47,9 @@ class _Prompt:
     n_image_rows: int
     cached: int
     state: tuple[list[Position], bytes] | None
+
+
+_CUT = "the answer was cut before its JSON was whole; allow more tokens or a larger context"
 
 
 class Model:
@@ -111,7 +117,7 @@ class Model:
             prompt: The question; or texts and pictures in any order: `["Compare", one, "with", other]`.
             images: Paths, encoded bytes, PIL images or uint8 arrays (HW or HWC); they come before the prompt.
             system: A system message.
-            options: Fields of `GenerateOptions`: `max_tokens`, `temperature`, `top_k`, `top_p`, `seed`, `stop`.
+            options: Fields of `GenerateOptions`: `max_tokens`, `temperature`, `stop` and so on.
 
         Raises:
             EdgeVLMError: one of the classes in `edgevlm.errors`.
@@ -186,21 +192,12 @@ class Model:
         return Chat(self, system=system, drop_oldest=drop_oldest)
 
     def tune(self, *, rounds: int = 5) -> Tuned:
-        """Measure which numbers of threads are best for this model on this machine; `load` uses them from then on.
-
-        Takes about a second for each round and number on a small model. They are kept in the folder for state
-        (`edgevlm.state_folder`); if that cannot be written, a warning says so.
-
-        Raises:
-            BackendError: the model failed.
-        """
+        """Measure which numbers of threads are best for this model on this machine (`edgevlm.tuning`), and keep them in
+        the folder for state: `load` uses them from then on. A folder that cannot be written is a warning."""
         from edgevlm import tuning
 
         self._decoder.check_open()
-        tuned = tuning.tune(self._decoder, self._vision, rounds=rounds)
-        if self.tuning_identity:
-            tuning.keep(tuned, self.tuning_identity)
-        return tuned
+        return tuning.tune_and_keep(self._decoder, self._vision, self.tuning_identity, rounds=rounds)
 
     def preprocess(self, image: ImageSource) -> NDArray[np.float32] | list[NDArray[np.float32]]:
         """The tensor that the encoder would be fed: float32 [T, 3, height_px, width_px].
@@ -230,14 +227,22 @@ class Model:
             checked = GenerateOptions(**options)
         except TypeError as error:
             raise UsageError(str(error).replace("GenerateOptions.__init__()", "ask()")) from None
-        return Stream(self._run(messages, checked, dropped_turns))
+        cancelled = threading.Event()
+        return Stream(self._run(messages, checked, dropped_turns, cancelled), cancelled)
 
     def _run(
-        self, messages: list[Message], options: GenerateOptions, dropped_turns: int
+        self, messages: list[Message], options: GenerateOptions, dropped_turns: int, cancelled: threading.Event
     ) -> Generator[str, None, Answer]:
         started = time.perf_counter()
-        prompt = self._read(messages)
-        generation = Generation(self._decoder, options)
+        self._decoder.cancelled = cancelled
+        try:
+            prompt = self._read(messages, options.tools)
+        except Cancelled:
+            read = _Prompt(Timings(load_s=self.load_s), self._decoder.n_past, 0, 0, None)
+            return self._answer(read, "", "cancelled", completion_tokens=0)
+        finally:
+            self._decoder.cancelled = threading.Event()
+        generation = Generation(self._decoder, options, cancelled)
         pieces = []
         for piece in generation:
             pieces.append(piece)
@@ -246,16 +251,31 @@ class Model:
         timings.first_token_s = generation.first_token_at - started
         timings.generate_s = generation.seconds
         timings.tokens_per_s = generation.tokens_per_s
+        text, reason = "".join(pieces), generation.finish_reason
+        calls = parse_calls(text, options.tools) if options.tools and reason == "stop" else ()
         return self._answer(
             prompt,
-            "".join(pieces),
-            generation.finish_reason,
+            text,
+            "tool_calls" if calls else reason,
             completion_tokens=len(generation.tokens),
+            forced_tokens=generation.forced,
+            data=json.loads(text) if options.format and reason == "stop" else None,
+            tool_calls=calls,
             dropped_turns=dropped_turns,
+            warnings=(_CUT,) if options.format and reason != "stop" else (),
+            logprobs=None if options.logprobs is None else tuple(generation.logprobs),
         )
 
     def _answer(
-        self, prompt: _Prompt, text: str, reason: FinishReason, *, completion_tokens: int, **more: Any
+        self,
+        prompt: _Prompt,
+        text: str,
+        reason: FinishReason,
+        *,
+        completion_tokens: int,
+        forced_tokens: int = 0,
+        warnings: tuple[str, ...] = (),
+        **more: Any,
     ) -> Answer:
         if self._kept and self._identity and prompt.state:
             self._kept.put_state(self._identity, *prompt.state)
@@ -268,10 +288,11 @@ class Model:
                 image_tokens=prompt.n_image_rows,
                 completion_tokens=completion_tokens,
                 cached_tokens=prompt.cached,
+                forced_tokens=forced_tokens,
             ),
             timings=prompt.timings,
             peak_rss_bytes=peak_rss_bytes(),
-            warnings=self._kept.take_warnings() if self._kept else (),
+            warnings=(*warnings, *(self._kept.take_warnings() if self._kept else ())),
             **more,
         )
 
@@ -287,12 +308,12 @@ class Model:
         best = max(checked, key=lambda choice: found[choice])
         return self._answer(prompt, best, "stop", completion_tokens=0, choices=found)
 
-    def _read(self, messages: list[Message]) -> _Prompt:
+    def _read(self, messages: list[Message], tools: Sequence[Mapping[str, Any]] = ()) -> _Prompt:
         """Everything up to the prompt's last logits."""
         timings = Timings(load_s=self.load_s)
         pictures = self._look(messages, timings)
         # Counted before anything is encoded: a prompt that does not fit costs next to nothing.
-        segments = self._plan(messages, [picture.layout for picture in pictures])
+        segments = self._plan(messages, [picture.layout for picture in pictures], tools)
         self._check_room(segments)
         cached, state = self._prefill(segments, pictures, timings)
         return _Prompt(timings, sum(map(len, segments)), _n_image_rows(segments), cached, state)
@@ -302,8 +323,10 @@ class Model:
         images = chat_messages.images_of(messages)
         return [image if isinstance(image, Picture) else self._eyes().look(image, timings) for image in images]
 
-    def _plan(self, messages: list[Message], layouts: Sequence[ImageLayout]) -> Plan:
-        pieces = prompts.render(messages, self._format)
+    def _plan(
+        self, messages: list[Message], layouts: Sequence[ImageLayout], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> Plan:
+        pieces = prompts.render(messages, self._format, tools)
         segments = plan(pieces, self._decoder.vocabulary.tokenize, bos=self._format.bos, layouts=layouts)
         if not segments:
             raise CapabilityError(
@@ -337,10 +360,10 @@ class Model:
         if cached < n_shared and self._restore(wanted[:n_shared]):
             cached = self._decoder.begin(wanted)
         left = skip(segments, cached)
-        embeds = self._embeds(left, pictures, timings)
+        embeds = embeds_of(self._eyes, left, pictures, timings)
         if self._decoder.n_past < cached:  # what it held was given up to make room for the encoder
             cached, left = 0, list(segments)
-            embeds |= self._embeds(left, pictures, timings)
+            embeds |= embeds_of(self._eyes, left, pictures, timings)
         state = None
         with timings.measure("prefill_s"):
             if cached < n_shared:
@@ -349,19 +372,6 @@ class Model:
                 left = skip(segments, n_shared)
             self._decoder.prefill(splice(left, embeds))
         return cached, state
-
-    def _embeds(
-        self, left: Plan, pictures: Sequence[Picture], timings: Timings
-    ) -> dict[int, tuple[str, NDArray[np.float32]]]:
-        """Key and embeddings of each picture that is to be decoded, by its number."""
-        wanted = {segment.index for segment in left if isinstance(segment, PlannedImage)}
-        try:
-            return {
-                index: (pictures[index].key, self._eyes().embed(pictures[index], timings)) for index in sorted(wanted)
-            }
-        finally:
-            if wanted:
-                self._eyes().done()
 
     def _restore(self, held: list[Position]) -> bool:
         assert self._kept is not None

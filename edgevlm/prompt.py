@@ -7,8 +7,10 @@ literals of control tokens inside it are shielded before rendering and never bec
 from __future__ import annotations
 
 import functools
+import json
 import re
 import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,20 +82,22 @@ def prompt_format(name: str, header: GGUFHeader, control_tokens: tuple[str, ...]
     )
 
 
-def render(messages: list[Message], form: PromptFormat) -> list[Piece]:
+def render(messages: list[Message], form: PromptFormat, tools: Sequence[Mapping[str, Any]] = ()) -> list[Piece]:
     """Render messages into pieces, in order.
 
     Args:
         messages: `{"role", "content"}`; content is a text or a list of `{"type": "image"}` and
             `{"type": "text", "text"}` parts.
         form: The model's template and literals.
+        tools: What the model may call.
 
     Returns:
         Text pieces and image slots; the slots are numbered as the pictures were given.
 
     Raises:
         UsageError: a text holds NUL or a lone surrogate.
-        CapabilityError: `capability.no_template`, the template fails or does not place every picture.
+        CapabilityError: `capability.no_template`, the template fails or does not place every picture;
+            `capability.no_tools`, it does not print the tools.
     """
     shield = _Shield(form)
     n_images = sum(part["type"] == "image" for message in messages for part in _parts(message))
@@ -102,8 +106,15 @@ def render(messages: list[Message], form: PromptFormat) -> list[Piece]:
         shielded = [{**message, "content": _joined(message, form)} for message in shielded]
     if _ignores_strings(form.template, form.bos, form.eos):
         shielded = [{**message, "content": _parts(message)} for message in shielded]
+    offered = [shield.hidden(tool) for tool in tools] or None
     try:
-        pieces = shield.split(render_template(form.template, shielded, bos=form.bos, eos=form.eos))
+        rendered = render_template(form.template, shielded, bos=form.bos, eos=form.eos, tools=offered)
+        if offered and not _prints(rendered, tools):
+            raise CapabilityError(
+                "the model's chat template has no place for tools; describe them in the prompt, or use another model",
+                code="capability.no_tools",
+            )
+        pieces = shield.split(rendered)
     except EdgeVLMError:
         raise
     except Exception as error:  # whatever the template's own code provokes
@@ -118,6 +129,11 @@ def render(messages: list[Message], form: PromptFormat) -> list[Piece]:
             code="capability.no_template",
         )
     return pieces
+
+
+def _prints(rendered: str, tools: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether each tool's name is in the prompt; names have no character that a template would write otherwise."""
+    return all(tool["function"]["name"] in rendered for tool in tools)
 
 
 @functools.lru_cache(maxsize=8)
@@ -163,16 +179,25 @@ class _Shield:
 
     def message(self, message: Message) -> Message:
         content = message["content"]
+        others = {name: self.hidden(value) for name, value in message.items() if name != "content"}
         if isinstance(content, str):
-            return {**message, "content": self._hide(content)}
+            return {**others, "content": self._hide(content)}
         return {
-            **message,
+            **others,
             # of a picture the template learns that it is there, and nothing else
             "content": [
                 {"type": "text", "text": self._hide(part["text"])} if part["type"] == "text" else {"type": "image"}
                 for part in content
             ],
         }
+
+    def hidden(self, value: Any) -> Any:
+        """JSON values of the user with all their texts hidden."""
+        if isinstance(value, str):
+            return self._hide(value)
+        if isinstance(value, Mapping):
+            return {self._hide(name): self.hidden(child) for name, child in value.items()}
+        return [self.hidden(child) for child in value] if isinstance(value, list) else value
 
     def _hide(self, text: str) -> str:
         if "\0" in text:
@@ -184,15 +209,23 @@ class _Shield:
         return self._pattern.sub(lambda match: self._marks[match.group()], text) if self._pattern else text
 
     def split(self, rendered: str) -> list[Piece]:
-        mark = rf"\x00{self._nonce}(?P<number>[0-9]+)\x00"
+        # A template that prints JSON escapes the NUL, and that of JSON within JSON once more.
+        mark = rf"(?:\x00|(?P<slashes>\\+)u0000){self._nonce}(?P<number>[0-9]+)(?:\x00|\\+u0000)"
         image = f"|(?P<image>{re.escape(self._image_token)})" if self._image_token else ""
         pieces: list[Piece] = []
         position, n_images = 0, 0
         for match in re.finditer(mark + image, rendered):
-            if match.start() > position:
-                pieces.append(TextPiece(rendered[position : match.start()]))
+            n_slashes = len(match["slashes"] or "")
+            # Escaping n times makes 2^(n-1) of the mark's own backslash, and multiples of 2^n of those before it.
+            own = n_slashes & -n_slashes
+            start = match.start() + n_slashes - own
+            if start > position:
+                pieces.append(TextPiece(rendered[position:start]))
             if match["number"] is not None:
-                pieces.append(TextPiece(self._literals[int(match["number"])], parse_special=False))
+                literal = self._literals[int(match["number"])]
+                for _ in range(own.bit_length()):
+                    literal = json.dumps(literal, ensure_ascii=False)[1:-1]
+                pieces.append(TextPiece(literal, parse_special=False))
             else:
                 pieces.append(ImageSlot(n_images))
                 n_images += 1

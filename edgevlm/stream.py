@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator, Iterator
 
 from edgevlm.answer import Answer
@@ -10,11 +11,16 @@ from edgevlm.answer import Answer
 class Stream:
     """An answer on its way: iterate over its pieces of text, once; `answer` is set when they are exhausted.
 
-    Leaving the loop early ends the generation.
+    Leaving the loop early ends the generation; `cancel` does so from another thread, or from within the loop.
+
+    Args:
+        pieces: Yields the text, returns the answer.
+        cancelled: What `cancel` sets.
     """
 
-    def __init__(self, pieces: Generator[str, None, Answer]) -> None:
+    def __init__(self, pieces: Generator[str, None, Answer], cancelled: threading.Event | None = None) -> None:
         self.answer: Answer | None = None
+        self.cancelled = cancelled or threading.Event()
         self._pieces = pieces
 
     def __iter__(self) -> Iterator[str]:
@@ -26,6 +32,14 @@ class Stream:
             pass
         assert self.answer is not None
         return self.answer
+
+    def cancel(self) -> None:
+        """End the answer before its next token, from any thread; the loop ends, and `answer` has what was said.
+
+        Its `finish_reason` is `cancelled`. A prompt that is being read ends before its next batch, a picture after
+        it was encoded.
+        """
+        self.cancelled.set()
 
     def close(self) -> None:
         """End the generation; `answer` stays None if it was not finished."""

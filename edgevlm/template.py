@@ -19,13 +19,16 @@ _LONGEST_OUTPUT = 8 << 20  # characters; far beyond any context
 _LONGEST_VALUE = 1 << 20  # of one computed text or list
 
 
-def render_template(template: str, messages: list[dict[str, Any]], *, bos: str, eos: str) -> str:
+def render_template(
+    template: str, messages: list[dict[str, Any]], *, bos: str, eos: str, tools: list[dict[str, Any]] | None = None
+) -> str:
     """Run a chat template.
 
     Args:
         template: The Jinja source.
         messages: What it calls `messages`.
         bos, eos: What it calls `bos_token` and `eos_token`.
+        tools: What it calls `tools`.
 
     Raises:
         CapabilityError: the template refused, or made too much text.
@@ -33,7 +36,7 @@ def render_template(template: str, messages: list[dict[str, Any]], *, bos: str, 
     """
     chunks, length = [], 0
     for chunk in _compile(template).generate(
-        messages=messages, add_generation_prompt=True, bos_token=bos, eos_token=eos, tools=None, documents=None
+        messages=messages, add_generation_prompt=True, bos_token=bos, eos_token=eos, tools=tools, documents=None
     ):
         length += len(chunk)
         if length > _LONGEST_OUTPUT:

@@ -40,9 +40,11 @@ class TextStream:
         if self.stopped:
             return ""
         self._held += text
-        found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
+        found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
-            shown, self._held, self.stopped = self._held[: min(found)], "", True
+            # The one that is whole first, whichever begins first: how the text is cut into tokens makes no difference.
+            _, at = min(found)
+            shown, self._held, self.stopped = self._held[:at], "", True
             return shown
         keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
         shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]

@@ -163,6 +163,14 @@ def _measure_encoder(vision: Vision, count: int, seen: dict[str, dict[int, list[
 # ---- what is kept
 
 
+def tune_and_keep(decoder: Decoder, vision: Vision | None, owner: Mapping[str, Any], *, rounds: int) -> Tuned:
+    """`tune`, then `keep` for this owner; nothing is kept for an empty one."""
+    tuned = tune(decoder, vision, rounds=rounds)
+    if owner:
+        keep(tuned, owner)
+    return tuned
+
+
 def keep(tuned: Tuned, owner: Mapping[str, Any], folder: Path | None = None) -> Path | None:
     """Keep a result for `recall`; a folder that cannot be written is a warning.
 

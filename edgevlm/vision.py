@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ from edgevlm.kept import Kept
 from edgevlm.layout import ImageLayout, Rows, image_layout
 from edgevlm.native import trim
 from edgevlm.preprocess import preprocess_batches
+from edgevlm.splice import Plan, PlannedImage
 from edgevlm.threads import Threads
 
 if TYPE_CHECKING:
@@ -260,6 +261,23 @@ class Embeddings:
     def clear(self) -> None:
         self._rows.clear()
         self.nbytes = 0
+
+
+def embeds_of(
+    eyes: Callable[[], Vision], left: Plan, pictures: Sequence[Picture], timings: Timings
+) -> dict[int, tuple[str, NDArray[np.float32]]]:
+    """Key and embeddings of each picture that is still to be decoded, by its number; `eyes` refuses a text model.
+
+    Raises:
+        BackendError: the encoder failed.
+        CapabilityError: the model has none.
+    """
+    wanted = sorted({segment.index for segment in left if isinstance(segment, PlannedImage)})
+    try:
+        return {index: (pictures[index].key, eyes().embed(pictures[index], timings)) for index in wanted}
+    finally:
+        if wanted:
+            eyes().done()
 
 
 def no_vision(name: str) -> CapabilityError:

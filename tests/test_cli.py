@@ -83,7 +83,13 @@ def test_ask_json_is_the_documented_object_and_the_last_line(run: Runner, panel:
     assert document["text"] == ANSWER
     assert document["finish_reason"] == "stop"
     assert set(document) == {"text", "finish_reason", "model", "usage", "timings", "memory"}
-    assert set(document["usage"]) == {"prompt_tokens", "image_tokens", "completion_tokens", "cached_tokens"}
+    assert set(document["usage"]) == {
+        "prompt_tokens",
+        "image_tokens",
+        "completion_tokens",
+        "cached_tokens",
+        "forced_tokens",
+    }
     assert document["usage"]["image_tokens"] == 64
     assert set(document["timings"]) == {
         "load_s", "decode_image_s", "preprocess_s", "encode_s", "prefill_s", "first_token_s", "generate_s",
@@ -108,6 +114,23 @@ def test_max_tokens_and_stop(run: Runner, panel: Path) -> None:
     assert (
         run("ask", "Describe the panel.", "-i", panel, "--stop", word).out.strip() == whole[: whole.index(word)].strip()
     )
+
+
+def test_a_schema_makes_the_answer_json(run: Runner, panel: Path, tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object", "properties": {"lamp": {"enum": ["on", "off"]}}, "required": ["lamp"]}')
+    asked = ("ask", QUESTION, "-i", panel, "--schema", schema, "--lookup", "3")
+    assert json.loads(run(*asked).out)["lamp"] in ("on", "off")
+    document = json.loads(run(*asked, "--json").out)
+    assert document["data"] == json.loads(document["text"])
+    assert document["usage"]["forced_tokens"] > 0
+    cut = run(*asked, "--max-tokens", "1")
+    assert "cut" in cut.err
+    for text, words in (('{"pattern": "a+"}', "pattern"), ("{", "JSON"), ("\xff", "UTF-8")):
+        schema.write_bytes(text.encode("latin-1"))
+        refused = run(*asked)
+        assert (refused.code, refused.out) == (2, "")
+        assert words in refused.err
 
 
 def test_a_picture_of_one_pixel_is_a_picture(run: Runner, tmp_path: Path) -> None:

@@ -44,8 +44,8 @@ def files(path: Path, *, sees: bool = False) -> Files:
 def measured(smollm2: Path) -> dict[str, Result]:
     seeing = Case(name="built-in", model=None, context=512, picture_px=(480, 640))
     found = {"built-in": measure(seeing), "text": measure(Case(name="text", model=str(smollm2), context=512))}
-    # smaller batches alone do not save so much
-    budget = found["built-in"].plan["peak"]["total"] - 7_200_000
+    # nothing but taking turns saves so much
+    budget = found["built-in"].plan["peak"]["total"] - 3_500_000
     return {**found, "in turns": measure(replace(seeing, name="in turns", budget=str(budget)))}
 
 
@@ -88,7 +88,7 @@ def test_cache_and_compute_buffer_are_llama_cpps(smollm2: Path, kv_type: str, ba
     assert found["CPU KV"] == pytest.approx(expected.cache.own - 100 * cells, abs=0.01 * (1 << 20))
     shape = _Shape.of(header)
     operands = batch * shape.operand * shape.hidden  # are no part of the buffer that is logged
-    logits = 2 * 4 * shape.vocab
+    logits = 4 * shape.vocab
     assert found["CPU compute"] == pytest.approx(_compute_bytes(shape, settings, cells) - operands - logits, rel=0.02)
     # the twin: half the batch is another size
     half = replace(settings, batch=batch // 2)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from edgevlm.errors import UsageError
+from edgevlm.errors import BackendError, UsageError
 from edgevlm.options import GenerateOptions
 from edgevlm.sampling import Sampler
 
@@ -66,8 +66,55 @@ def test_a_seed_repeats_and_another_does_not() -> None:
         {"max_tokens": 0}, {"max_tokens": True}, {"max_tokens": 1.5}, {"temperature": -0.1}, {"temperature": math.nan},
         {"temperature": 11}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}, {"seed": -1}, {"seed": 1 << 63},
         {"stop": ("",)}, {"stop": [1]}, {"stop": "a"},
+        {"min_p": -0.1}, {"min_p": 1.1}, {"min_p": math.nan}, {"repetition_penalty": 0}, {"repetition_penalty": 11},
+        {"logprobs": -1}, {"logprobs": 21}, {"logprobs": 1.5}, {"logprobs": True},
     ],
 )  # fmt: skip
 def test_options_outside_their_range(wrong: dict[str, object]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):
         GenerateOptions(**wrong)  # type: ignore[arg-type]
+
+
+class Only:
+    """A rule that allows some tokens, counts its questions, and rules out nothing in advance."""
+
+    def __init__(self, tokens: set[int], n_vocab: int) -> None:
+        self.tokens, self.asked, self.n_vocab = tokens, 0, n_vocab
+
+    def allows(self, token: int) -> bool:
+        self.asked += 1
+        return token in self.tokens
+
+    def possible(self) -> np.ndarray:
+        return np.ones(self.n_vocab, bool)
+
+    def allowed(self) -> np.ndarray:
+        return np.isin(np.arange(self.n_vocab), list(self.tokens))
+
+
+def test_draws_under_a_rule_are_draws_from_what_it_allows() -> None:
+    rule = Only({1, 2, 3}, 4)
+    sampler = Sampler(GenerateOptions(temperature=1.0, seed=1))
+    drawn = np.bincount([sampler.sample(LOGITS, rule) for _ in range(N)], minlength=4) / N
+    np.testing.assert_allclose(drawn, np.array([0, 0.3, 0.15, 0.05]) / 0.5, atol=TOLERANCE)
+
+
+def test_draws_under_a_rule_that_refuses_nearly_everything() -> None:
+    logits_V = np.linspace(5, 0, 3000).astype(np.float32)
+    rule = Only({2900, 2990}, 3000)
+    sampler = Sampler(GenerateOptions(temperature=1.0, seed=1))
+    drawn = [sampler.sample(logits_V, rule) for _ in range(100)]
+    assert rule.asked < 100 * 70  # not one question for each token of the vocabulary
+    weights = np.exp(logits_V[[2900, 2990]].astype(float))
+    # 4 standard errors of a frequency near 0.5 at 100 draws
+    assert drawn.count(2900) / 100 == pytest.approx(weights[0] / weights.sum(), abs=0.2)
+    assert set(drawn) == {2900, 2990}
+    # beyond the filters the likeliest allowed one is taken, which is what greedy takes
+    assert Sampler(GenerateOptions(temperature=1.0, top_k=5, seed=1)).sample(logits_V, rule) == 2900
+    assert Sampler(GenerateOptions()).sample(logits_V, rule) == 2900
+
+
+def test_a_rule_that_refuses_everything_is_an_error() -> None:
+    for temperature in (0, 1):
+        with pytest.raises(BackendError, match="vocabulary"):
+            Sampler(GenerateOptions(temperature=temperature)).sample(LOGITS, Only(set(), 4))

@@ -8,10 +8,41 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgevlm.cli.output import inputs, print_result, write
+from edgevlm.cli.output import inputs, print_result, schema_text, write
 
 if TYPE_CHECKING:
     from edgevlm.answer import Answer
+
+
+Context = Annotated[
+    int | None,
+    typer.Option("--context", metavar="N", help="Positions for prompt and answer. [default: up to 4096]"),
+]
+ThreadCounts = Annotated[
+    str | None,
+    typer.Option(
+        "--threads",
+        metavar="N",
+        help="Threads; or for each phase: encode=4,prefill=4,decode=2. [default: all cores]",
+    ),
+]
+RamBudget = Annotated[
+    str | None,
+    typer.Option(
+        "--ram-budget",
+        metavar="SIZE",
+        help="Hold at most so much memory, such as 900MB. [default: what is fastest]",
+    ),
+]
+State = Annotated[
+    Path | None,
+    typer.Option(
+        "--state",
+        metavar="FOLDER",
+        envvar="EDGEVLM_STATE",
+        help="Keep there what was computed of pictures, for the next time. [default: nothing is kept]",
+    ),
+]
 
 
 def ask(
@@ -33,45 +64,29 @@ def ask(
         float, typer.Option("--top-p", metavar="X", help="Draw from the likeliest tokens that sum up to X.")
     ] = 1.0,
     top_k: Annotated[int, typer.Option("--top-k", metavar="N", help="Draw from the N likeliest tokens; 0 is all.")] = 0,
-    seed: Annotated[
-        int | None, typer.Option("--seed", metavar="N", help="Repeat a draw: same seed, same answer.")
-    ] = None,
+    min_p: Annotated[
+        float,
+        typer.Option("--min-p", metavar="X", help="Draw from tokens X times as likely as the likeliest, or more."),
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option("--repetition-penalty", metavar="X", help="Above 1, words that were said are less likely.")
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Same seed, same answer.")] = None,
     stop: Annotated[
         list[str] | None, typer.Option("--stop", metavar="TEXT", help="End the answer before TEXT; may be repeated.")
     ] = None,
-    context: Annotated[
-        int | None,
-        typer.Option("--context", metavar="N", help="Positions for prompt and answer. [default: up to 4096]"),
+    schema: Annotated[
+        Path | None, typer.Option("--schema", metavar="FILE", help="Answer in JSON of this schema.")
     ] = None,
-    threads: Annotated[
-        str | None,
-        typer.Option(
-            "--threads",
-            metavar="N",
-            help="Threads; or for each phase: encode=4,prefill=4,decode=2. [default: all cores]",
-        ),
-    ] = None,
-    ram_budget: Annotated[
-        str | None,
-        typer.Option(
-            "--ram-budget",
-            metavar="SIZE",
-            help="Hold at most so much memory, such as 900MB. [default: what is fastest]",
-        ),
-    ] = None,
+    lookup: Annotated[int, typer.Option("--lookup", metavar="N", help="Guess N tokens ahead, from the prompt.")] = 0,
+    context: Context = None,
+    threads: ThreadCounts = None,
+    ram_budget: RamBudget = None,
     choices: Annotated[
         str | None,
         typer.Option("--choices", metavar="A,B,...", help="Answer with the likeliest of these texts."),
     ] = None,
-    state: Annotated[
-        Path | None,
-        typer.Option(
-            "--state",
-            metavar="FOLDER",
-            envvar="EDGEVLM_STATE",
-            help="Keep there what was computed of pictures, for the next time. [default: nothing is kept]",
-        ),
-    ] = None,
+    state: State = None,
     image_tokens: Annotated[
         str, typer.Option("--image-tokens", metavar="full|N", help="Most tokens of each picture; fewer answer sooner.")
     ] = "full",
@@ -116,8 +131,12 @@ def ask(
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
             seed=seed,
             stop=tuple(stop or ()),
+            schema=schema_text(schema),
+            lookup=lookup,
         )
         for piece in stream:
             if not json_output:

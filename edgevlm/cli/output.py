@@ -9,6 +9,8 @@ from typing import Any
 
 from edgevlm.errors import UsageError
 
+_LONGEST_SCHEMA = 1 << 20
+
 
 def inputs(prompt: str, images: list[str]) -> tuple[str, list[str | bytes]]:
     """Resolve `-`: stdin can be the prompt or one picture, not both."""
@@ -21,6 +23,22 @@ def inputs(prompt: str, images: list[str]) -> tuple[str, list[str | bytes]]:
         except UnicodeDecodeError:
             raise UsageError("the prompt on stdin is not UTF-8 text") from None
     return question, [stdin() if image == "-" else image for image in images]
+
+
+def schema_text(path: Path | None) -> str | None:
+    """What a schema file holds."""
+    if path is None:
+        return None
+    from edgevlm.files import open_regular
+
+    with open_regular(path) as (file, _):
+        data = file.read(_LONGEST_SCHEMA + 1)
+    if len(data) > _LONGEST_SCHEMA:
+        raise UsageError(f"{path} has more than {_LONGEST_SCHEMA} bytes; --schema takes a JSON schema")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is not UTF-8 text; --schema takes a JSON schema") from None
 
 
 def stdin() -> bytes:
