@@ -12,28 +12,28 @@ import os
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from edgevlm.errors import BackendError, Cancelled, ContextError, UsageError
 from edgevlm.gguf import GGUFHeader, read_header
 from edgevlm.held import ALONE_DIFFERS, N_TOKENS, batches, drawn, shared
 from edgevlm.llama import clear_log, last_log, library
-from edgevlm.machine import check_threads, usable_cpus
+from edgevlm.native import ContextOptions, KVType, Native
 from edgevlm.options import shown
 from edgevlm.splice import ImageSegment, Position, Segment, TextSegment
+from edgevlm.threads import Threads, ThreadsLike, resolve_threads
 from edgevlm.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-#: Positions decoded in one call, and the size of llama.cpp's compute buffers.
+#: Positions decoded in one call, if nothing else was asked for: the size of llama.cpp's compute buffers.
 _N_BATCH = 512
 #: Without `context`, this many positions are reserved (or as many as the model was trained for, if fewer).
 _DEFAULT_CONTEXT = 4096
 #: The most that can be asked for: llama.cpp rounds up to 256 in 32 bits and would wrap near 2^32.
 _MAX_CONTEXT = 1 << 24
-KVType = Literal["f16", "f32"]
 
 
 class Decoder:
@@ -41,13 +41,15 @@ class Decoder:
 
     Args:
         path: A GGUF file of the `llama` architecture.
+        header: Its header, if somebody has read it already.
         context: Positions to reserve; None reserves 4096, or what the model was trained for if that is fewer.
-        threads: Threads for prefill and decode; None takes every CPU that this process may use.
+        threads: Threads for prefill and for decode (`edgevlm.threads`); None takes every core that there is for us.
         kv_type: Type of the key/value cache. f32 also turns flash attention off: slower, for comparisons with the
             reference.
         scored: Most tokens that `score` is ever given at once; llama.cpp reserves room for that many rows of logits.
         repack: Whether weights are copied into the layout of the fastest kernels. Without, they stay mapped: pages of
             the file that the system may drop, for machines with less memory than the model takes.
+        batch: Most positions that are decoded in one call; fewer take less memory and more time.
 
     Raises:
         FileError, GGUFError: the file cannot be used (see `edgevlm.gguf`).
@@ -59,27 +61,32 @@ class Decoder:
         self,
         path: str | os.PathLike[str],
         *,
+        header: GGUFHeader | None = None,
         context: int | None = None,
-        threads: int | None = None,
+        threads: ThreadsLike = None,
         kv_type: KVType = "f16",
         scored: int = 1,
         repack: bool = True,
+        batch: int = _N_BATCH,
     ) -> None:
-        check_threads(threads)
-        self.header = read_header(path)
-        self.n_context = _context_size(self.header, context)
+        self.threads = resolve_threads(threads)
+        self.header = header or read_header(path)
+        self.n_context = context_size(self.header, context)
         self._llama = library()
-        self._model = _load_model(self._llama, path, repack=repack)
-        self._close_model = _free_later(self, self._llama.llama_model_free, self._model)
-        self.vocabulary = Vocabulary(self._llama, self._model, self.header, self.check_open)
+        self._native = Native(self._llama, path, repack=repack)
+        self.vocabulary = Vocabulary(self._llama, self._native.model, self.header, self.check_open)
         self.n_vocab = self.vocabulary.n_vocab
-        self.n_embd = self._llama.llama_model_n_embd_inp(self._model)
+        self.n_embd = self._llama.llama_model_n_embd_inp(self._native.model)
         #: Without flash attention batches of any size are alike, except for single rows.
         self._exact = kv_type == "f32"
-        self._n_tokens = _N_BATCH if self._exact else N_TOKENS
+        self._batch = batch
+        self._n_tokens = batch if self._exact else min(batch, N_TOKENS)
         self.n_scored = min(scored, self._n_tokens)
-        self._context = self._new_context(threads, kv_type)
-        self._close_context = _free_later(self, self._llama.llama_free, self._context)
+        self._native.open_context(
+            ContextOptions(
+                n_context=self.n_context, n_batch=batch, n_outputs=self.n_scored, threads=self.threads, kv_type=kv_type
+            )
+        )
         #: What the context holds: for each position the token's id, or which row of which picture.
         self.held: list[Position] = []
         self.cancelled = threading.Event()  # set, it ends `prefill` before the next batch
@@ -99,8 +106,7 @@ class Decoder:
         """Free the native memory, after a decode that another thread may be in. Every later call raises; closing twice
         is harmless."""
         with self._busy:
-            self._close_context()
-            self._close_model()
+            self._native.close()
 
     def check_open(self) -> None:
         """Native functions would read freed memory after `close`.
@@ -108,34 +114,30 @@ class Decoder:
         Raises:
             UsageError: the decoder is closed.
         """
-        if not self._close_context.alive:
+        if not self._native.is_open:
             raise UsageError("the model is closed; load it again")
 
-    def _new_context(self, threads: int | None, kv_type: KVType) -> Any:
-        llama = self._llama
-        params = llama.llama_context_default_params()
-        params.n_ctx = self.n_context
-        params.n_batch = params.n_ubatch = _N_BATCH
-        params.n_seq_max = 1
-        # Only the last row of a batch is read, except by `score`: without this, llama.cpp reserves logits for a whole
-        # batch, which for a vocabulary of 128k is 263 MB.
-        params.n_outputs_max = self.n_scored
-        params.n_threads = params.n_threads_batch = threads or usable_cpus()
-        # llama.cpp's flash attention works in float16 whatever the cache holds: measured against the reference, logits
-        # are off by 2e-4 to 7e-4 with it and by 7e-7 without (float32 cache, tiny random model).
-        exact = kv_type == "f32"
-        params.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED if exact else llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        params.type_k = params.type_v = {"f16": llama.GGML_TYPE_F16, "f32": llama.GGML_TYPE_F32}[kv_type]
-        params.no_perf = True
-        clear_log()
-        context = llama.llama_init_from_model(self._model, params)
-        if not context:
-            raise BackendError(
-                f"llama.cpp cannot make a context of {self.n_context} positions for {self.header.path}: "
-                f"{last_log()}; ask for a smaller context",
-                code="backend.load",
-            )
-        return context
+    @property
+    def _context(self) -> Any:
+        """llama.cpp's context, made anew if it was set aside."""
+        return self._native.context()
+
+    def use_threads(self, threads: Threads) -> None:
+        """Change the numbers of threads from now on."""
+        self.check_open()
+        with self._busy:
+            self._native.use_threads(threads)
+        self.threads = threads
+
+    def set_aside(self) -> None:
+        """Give back cache and buffers until something is decoded, to make room for the encoder; what the context held
+        is lost."""
+        self.check_open()
+        with self._busy:
+            self._native.set_aside()
+        self.held.clear()
+        self.epoch += 1
+        self._has_logits = False
 
     # ---- the context
 
@@ -330,7 +332,7 @@ class Decoder:
         The batch struct points into the caller's memory; positions continue from the context's last one.
         """
         llama, n_rows = self._llama, len(positions)
-        for start, count in batches(n_rows, self._n_tokens if token else _N_BATCH):
+        for start, count in batches(n_rows, self._n_tokens if token else self._batch):
             outputs = (ctypes.c_int8 * count)(*[of_each] * count)
             outputs[count - 1] = want_logits and start + count == n_rows
             batch = llama.llama_batch(
@@ -356,7 +358,12 @@ class Decoder:
         self._has_logits = want_logits
 
 
-def _context_size(header: GGUFHeader, context: int | None) -> int:
+def context_size(header: GGUFHeader, context: int | None) -> int:
+    """Positions to reserve for a model.
+
+    Raises:
+        UsageError: `context` is not between 1 and what the model was trained for.
+    """
     trained = header.context_length
     if context is None:
         return min(_DEFAULT_CONTEXT, trained)
@@ -367,17 +374,6 @@ def _context_size(header: GGUFHeader, context: int | None) -> int:
     return context
 
 
-def _load_model(llama: Any, path: str | os.PathLike[str], *, repack: bool) -> Any:
-    params = llama.llama_model_default_params()
-    params.use_extra_bufts = repack
-    params.n_gpu_layers = 0
-    clear_log()
-    model = llama.llama_model_load_from_file(os.fsencode(path), params)
-    if not model:
-        raise BackendError(f"llama.cpp cannot load {os.fspath(path)}: {last_log()}", code="backend.load")
-    return model
-
-
 _decoders: weakref.WeakSet[Decoder] = weakref.WeakSet()
 
 
@@ -386,11 +382,3 @@ def _wait_for_native_code() -> None:
     """Let running decodes end and no new one begin: exiting tears the native libraries down under other threads."""
     for decoder in list(_decoders):
         decoder._busy.acquire()
-
-
-def _free_later(owner: Decoder, free: Any, handle: Any) -> weakref.finalize[[Any], Decoder]:
-    """Free a native object with its owner, but not when the interpreter exits: a thread may still be decoding then,
-    and the process's memory goes back to the system anyway."""
-    finalizer = weakref.finalize(owner, free, handle)
-    finalizer.atexit = False
-    return finalizer

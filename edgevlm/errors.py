@@ -13,6 +13,7 @@
     ├── FidelityError                 a conversion would cost more than allowed
     ├── CapabilityError               the model cannot do what was asked
     ├── ContextError                  the prompt does not fit into the context
+    ├── MemoryPlanError               the model does not fit into memory
     ├── KernelError                   an unknown or unusable SIMD target
     ├── DependencyError               an optional or native package is missing, too old or broken
     └── BackendError                  llama.cpp or ONNX Runtime failed
@@ -66,6 +67,7 @@ CODES: dict[str, str] = {
     "capability.no_tools": "the model's chat template has no place for tools",
     "capability.no_template": "the model carries no chat template that can be used",
     "context.too_small": "the prompt needs more positions than the context has",
+    "memory.too_small": "the model needs more memory than there is, or than it was allowed",
     "kernels.unknown_target": "no SIMD target has that name",
     "kernels.unsupported_target": "this CPU cannot run that SIMD target",
     "dependency.missing": "a package is not installed",
@@ -183,6 +185,22 @@ class ContextError(EdgeVLMError):
 
     def __init__(self, message: str, *, needed: int, available: int) -> None:
         super().__init__(message, code="context.too_small")
+        self.needed = needed
+        self.available = available
+
+
+class MemoryPlanError(EdgeVLMError):
+    """The model does not fit into memory.
+
+    Args:
+        needed: Bytes that it takes at least.
+        available: Bytes that there are, or that it was allowed.
+    """
+
+    http_status = 507
+
+    def __init__(self, message: str, *, needed: int, available: int) -> None:
+        super().__init__(message, code="memory.too_small")
         self.needed = needed
         self.available = available
 

@@ -26,13 +26,15 @@ from edgevlm.spec import ModelSpec, PromptSpec
 from edgevlm.splice import Plan, PlannedImage, Position, plan, positions, skip, splice
 from edgevlm.stream import Stream
 from edgevlm.tools import parse_calls
-from edgevlm.vision import Picture, Vision, no_vision
+from edgevlm.vision import Picture, Vision, embeds_of, no_vision
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from edgevlm.chat import Chat
+    from edgevlm.memory import MemoryPlan
+    from edgevlm.tuning import Tuned
     from edgevlm.vision import ImageSource
 
 
@@ -77,6 +79,10 @@ class Model:
         self.name = name
         self.spec = spec
         self.load_s = 0.0
+        #: How it was fitted into memory; None if it was not made by `load`.
+        self.memory: MemoryPlan | None = None
+        #: What a tuning of it belongs to (`edgevlm.tuning`); empty if it was not made by `load`.
+        self.tuning_identity: dict[str, Any] = {}
         self._decoder = decoder
         self._vision = vision
         self._kept = kept
@@ -186,6 +192,14 @@ class Model:
 
         return Chat(self, system=system, drop_oldest=drop_oldest)
 
+    def tune(self, *, rounds: int = 5) -> Tuned:
+        """Measure which numbers of threads are best for this model on this machine (`edgevlm.tuning`), and keep them in
+        the folder for state: `load` uses them from then on. A folder that cannot be written is a warning."""
+        from edgevlm import tuning
+
+        self._decoder.check_open()
+        return tuning.tune_and_keep(self._decoder, self._vision, self.tuning_identity, rounds=rounds)
+
     def preprocess(self, image: ImageSource) -> NDArray[np.float32] | list[NDArray[np.float32]]:
         """The tensor that the encoder would be fed: float32 [T, 3, height_px, width_px].
 
@@ -200,7 +214,10 @@ class Model:
         """What the decoder would be fed for a picture: float32 [n_tokens, n_embd], read-only."""
         vision = self._eyes()
         timings = Timings()
-        return vision.embed(vision.look(image, timings), timings)
+        try:
+            return vision.embed(vision.look(image, timings), timings)
+        finally:
+            vision.done()
 
     # ---- the stages
 
@@ -344,10 +361,10 @@ class Model:
         if cached < n_shared and self._restore(wanted[:n_shared]):
             cached = self._decoder.begin(wanted)
         left = skip(segments, cached)
-        embeds = {
-            index: (pictures[index].key, self._eyes().embed(pictures[index], timings))
-            for index in {segment.index for segment in left if isinstance(segment, PlannedImage)}
-        }
+        embeds = embeds_of(self._eyes, left, pictures, timings)
+        if self._decoder.n_past < cached:  # what it held was given up to make room for the encoder
+            cached, left = 0, list(segments)
+            embeds |= embeds_of(self._eyes, left, pictures, timings)
         state = None
         with timings.measure("prefill_s"):
             if cached < n_shared:

@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,10 @@ from edgevlm.errors import CapabilityError
 from edgevlm.image import load_image, read_image
 from edgevlm.kept import Kept
 from edgevlm.layout import ImageLayout, Rows, image_layout
+from edgevlm.native import trim
 from edgevlm.preprocess import preprocess_batches
+from edgevlm.splice import Plan, PlannedImage
+from edgevlm.threads import Threads
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,20 +69,26 @@ class Vision:
 
     Args:
         bundle: A bundle that has an encoder.
-        open_encoder: Loads the encoder; called at the first picture that no cache knows, and again after `release`.
+        open_encoder: Loads the encoder; called with `threads` at the first picture that no cache knows, and again after
+            `release`.
         cache_bytes: Most bytes of embeddings to hold in memory; the least recently used go first.
         kept: The cache on disk, or None.
         budget: What is left of each picture's embeddings, or None for all. Caches keep all.
+        make_room: Called before the encoder is loaded, if there is no room for it beside the decoder; `done` then gives
+            it back.
+        threads: For the encoder; None is the default.
     """
 
     def __init__(
         self,
         bundle: Bundle,
-        open_encoder: Callable[[], Encoder],
+        open_encoder: Callable[..., Encoder],
         *,
         cache_bytes: int,
         kept: Kept | None = None,
         budget: Budget | None = None,
+        make_room: Callable[[], None] | None = None,
+        threads: Threads | None = None,
     ) -> None:
         assert bundle.spec.image is not None
         self.image_spec = bundle.spec.image
@@ -90,6 +99,8 @@ class Vision:
         self._embeds = Embeddings(cache_bytes)
         self._kept = kept
         self._budget = budget
+        self._make_room = make_room
+        self._threads = threads
         self._sources: OrderedDict[str, tuple[str, ImageLayout, str, int]] = OrderedDict()
 
     def load(self) -> Encoder:
@@ -98,12 +109,28 @@ class Vision:
         Raises:
             BackendError, DependencyError: it cannot be loaded.
         """
-        self._encoder = self._encoder or self._open_encoder()
+        if self._encoder is None:
+            if self._make_room:
+                self._make_room()
+            self._encoder = self._open_encoder(threads=self._threads)
         return self._encoder
+
+    def use_threads(self, threads: Threads) -> None:
+        """Load the encoder with these numbers of threads from now on."""
+        if threads != self._threads:
+            self._threads = threads
+            self.release()
 
     def release(self) -> None:
         """Give the encoder's memory back; embeddings stay."""
-        self._encoder = None
+        if self._encoder is not None:
+            self._encoder = None
+            trim()
+
+    def done(self) -> None:
+        """The pictures of a question are encoded: release an encoder that takes turns with the decoder."""
+        if self._make_room:
+            self.release()
 
     def close(self) -> None:
         """Give everything back."""
@@ -234,6 +261,23 @@ class Embeddings:
     def clear(self) -> None:
         self._rows.clear()
         self.nbytes = 0
+
+
+def embeds_of(
+    eyes: Callable[[], Vision], left: Plan, pictures: Sequence[Picture], timings: Timings
+) -> dict[int, tuple[str, NDArray[np.float32]]]:
+    """Key and embeddings of each picture that is still to be decoded, by its number; `eyes` refuses a text model.
+
+    Raises:
+        BackendError: the encoder failed.
+        CapabilityError: the model has none.
+    """
+    wanted = sorted({segment.index for segment in left if isinstance(segment, PlannedImage)})
+    try:
+        return {index: (pictures[index].key, eyes().embed(pictures[index], timings)) for index in wanted}
+    finally:
+        if wanted:
+            eyes().done()
 
 
 def no_vision(name: str) -> CapabilityError:

@@ -25,14 +25,14 @@ REFERENCES = {"torch", "transformers", "tokenizers", "safetensors"}
 
 #: Who may import whom inside edgevlm: one direction, from the front ends down to the contracts.
 BASE = {
-    "answer", "automaton", "errors", "files", "grammar", "keywords", "machine", "options", "progress", "scalars",
-    "schema", "spec", "text", "tools",
+    "answer", "automaton", "cgroup", "errors", "files", "grammar", "keywords", "machine", "options", "progress",
+    "scalars", "schema", "spec", "text", "threads", "tools",
 }  # fmt: skip
 STAGES = {
     "_arrays", "_kernels", "blob", "budget", "bundle", "choose", "constraint", "decoder", "describe", "encoder",
-    "frames", "generate", "gguf", "gguf_llama", "held", "image", "journal", "kept", "kernels", "layout", "llama",
-    "lookup", "messages", "preprocess", "prompt", "sampling", "splice", "storage", "stream", "template", "tiling",
-    "vision", "vocabulary",
+    "footprint", "frames", "generate", "gguf", "gguf_llama", "held", "image", "journal", "kept", "kernels", "layout",
+    "llama", "lookup", "memory", "messages", "native", "preprocess", "prompt", "sampling", "splice", "state_folder",
+    "storage", "stream", "template", "tiling", "tuning", "vision", "vocabulary",
 }  # fmt: skip
 CONVERTERS_MAY = {
     "errors", "files", "spec", "bundle", "storage", "llama", "encoder", "decoder", "families", "gguf", "journal",

@@ -14,6 +14,37 @@ if TYPE_CHECKING:
     from edgevlm.answer import Answer
 
 
+Context = Annotated[
+    int | None,
+    typer.Option("--context", metavar="N", help="Positions for prompt and answer. [default: up to 4096]"),
+]
+ThreadCounts = Annotated[
+    str | None,
+    typer.Option(
+        "--threads",
+        metavar="N",
+        help="Threads; or for each phase: encode=4,prefill=4,decode=2. [default: all cores]",
+    ),
+]
+RamBudget = Annotated[
+    str | None,
+    typer.Option(
+        "--ram-budget",
+        metavar="SIZE",
+        help="Hold at most so much memory, such as 900MB. [default: what is fastest]",
+    ),
+]
+State = Annotated[
+    Path | None,
+    typer.Option(
+        "--state",
+        metavar="FOLDER",
+        envvar="EDGEVLM_STATE",
+        help="Keep there what was computed of pictures, for the next time. [default: nothing is kept]",
+    ),
+]
+
+
 def ask(
     prompt: Annotated[str, typer.Argument(show_default=False, help="The question; `-` reads it from stdin.")],
     image: Annotated[
@@ -48,26 +79,14 @@ def ask(
         Path | None, typer.Option("--schema", metavar="FILE", help="Answer in JSON of this schema.")
     ] = None,
     lookup: Annotated[int, typer.Option("--lookup", metavar="N", help="Guess N tokens ahead, from the prompt.")] = 0,
-    context: Annotated[
-        int | None,
-        typer.Option("--context", metavar="N", help="Positions for prompt and answer. [default: up to 4096]"),
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option("--threads", metavar="N", help="Threads. [default: every usable CPU]")
-    ] = None,
+    context: Context = None,
+    threads: ThreadCounts = None,
+    ram_budget: RamBudget = None,
     choices: Annotated[
         str | None,
         typer.Option("--choices", metavar="A,B,...", help="Answer with the likeliest of these texts."),
     ] = None,
-    state: Annotated[
-        Path | None,
-        typer.Option(
-            "--state",
-            metavar="FOLDER",
-            envvar="EDGEVLM_STATE",
-            help="Keep there what was computed of pictures, for the next time. [default: nothing is kept]",
-        ),
-    ] = None,
+    state: State = None,
     image_tokens: Annotated[
         str, typer.Option("--image-tokens", metavar="full|N", help="Most tokens of each picture; fewer answer sooner.")
     ] = "full",
@@ -90,10 +109,18 @@ def ask(
     """
     from edgevlm.loading import load
     from edgevlm.messages import marked
+    from edgevlm.threads import parse_threads
 
     question, images = inputs(prompt, image or [])
     parts = marked(question, images)
-    with load(model, context=context, threads=threads, state=state, image_tokens=image_tokens) as loaded:
+    with load(
+        model,
+        context=context,
+        threads=parse_threads(threads),
+        state=state,
+        ram_budget=ram_budget,
+        image_tokens=image_tokens,
+    ) as loaded:
         if choices is not None:
             _report(loaded.pick(parts, choices.split(","), system=system), json_output, streamed=False)
             return
