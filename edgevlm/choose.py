@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from edgevlm.decoder import Decoder
 from edgevlm.errors import UsageError
+from edgevlm.prompt import check_unicode
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +30,8 @@ def check_choices(choices: Sequence[str]) -> tuple[str, ...]:
         raise UsageError(
             f"choices must be 2 to {_MOST_CHOICES} different texts, none empty, found {list(choices)!r:.80}"
         )
+    for choice in stripped:
+        check_unicode("a choice", choice)
     return stripped
 
 

@@ -29,6 +29,7 @@ from edgevlm.footprint import (
 from edgevlm.gguf import GGUFHeader
 from edgevlm.held import N_TOKENS
 from edgevlm.machine import available_bytes
+from edgevlm.options import shown
 from edgevlm.spec import ModelSpec
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
@@ -172,9 +173,9 @@ def parse_size(size: str | int | None) -> int | None:
     found = _SIZE.fullmatch(size.strip().upper()) if isinstance(size, str) else None
     nbytes = size if type(size) is int else None
     if found and found[2] in _UNITS:
-        nbytes = int(float(found[1]) * _UNITS[found[2]])
+        nbytes = int(min(float(found[1]) * _UNITS[found[2]], 1 << 60))
     if nbytes is None or not 0 < nbytes < 1 << 60:
-        raise UsageError(f"a size such as 900MB, 1.5GB or 512MiB is needed for ram_budget, found {size!r:.80}")
+        raise UsageError(f"a size such as 900MB, 1.5GB or 512MiB is needed for ram_budget, found {shown(size)}")
     return nbytes
 
 

@@ -161,6 +161,20 @@ def _joined(message: Message, form: PromptFormat) -> str:
     return (form.between_parts or "").join(texts)
 
 
+def check_unicode(name: str, text: str) -> None:
+    """Refuse what native code would cut or Python cannot encode.
+
+    Raises:
+        UsageError: a NUL or a lone surrogate.
+    """
+    if "\0" in text:
+        raise UsageError(f"{name} holds a NUL character; remove it")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UsageError(f"{name} is not valid Unicode (it holds half of a surrogate pair)") from None
+
+
 class _Shield:
     """Hides control-token literals of user text from the template and from the tokenizer.
 
@@ -200,12 +214,7 @@ class _Shield:
         return [self.hidden(child) for child in value] if isinstance(value, list) else value
 
     def _hide(self, text: str) -> str:
-        if "\0" in text:
-            raise UsageError("the prompt holds a NUL character; remove it")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise UsageError("the prompt is not valid Unicode (it holds half of a surrogate pair)") from None
+        check_unicode("the prompt", text)
         return self._pattern.sub(lambda match: self._marks[match.group()], text) if self._pattern else text
 
     def split(self, rendered: str) -> list[Piece]:

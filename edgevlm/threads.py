@@ -12,6 +12,7 @@ from typing import Any
 
 from edgevlm.errors import UsageError
 from edgevlm.machine import heavy_cores
+from edgevlm.options import shown
 
 _MOST = 1024
 
@@ -67,7 +68,7 @@ def resolve_threads(given: ThreadsLike, default: Threads | None = None) -> Threa
     if isinstance(given, Mapping):
         unknown = [phase for phase in given if phase not in PHASES]
         if unknown:
-            raise UsageError(f"threads are for {', '.join(PHASES)}, found {unknown[0]!r}")
+            raise UsageError(f"threads are for {', '.join(PHASES)}, found {shown(unknown[0])}")
         return Threads(**{**asdict(default or default_threads()), **given})
     _check(given, "threads")
     return Threads(encode=given, prefill=given, decode=given)
@@ -104,4 +105,4 @@ def _parse_count(word: str, text: str) -> int:
 
 def _check(count: Any, what: str) -> None:
     if type(count) is not int or not 1 <= count <= _MOST:
-        raise UsageError(f"{what} must be between 1 and {_MOST}, found {count!r}")
+        raise UsageError(f"{what} must be between 1 and {_MOST}, found {shown(count)}")
