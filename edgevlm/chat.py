@@ -53,8 +53,8 @@ class Chat:
         model = self._model
         turn = chat_messages.question(prompt, images)
         if chat_messages.images_of(turn):
-            model._eyes()
-        turn = chat_messages.with_images(turn, model._look(turn, Timings()))
+            model._reader.eyes()
+        turn = chat_messages.with_images(turn, model._reader.look(turn, Timings()))
         asked = [*self.messages, *turn]
         dropped = self._fit(asked, options.get("tools") or ()) if self._drop_oldest else 0
         first, rest = asked[: self._n_system], asked[self._n_system :]
@@ -91,7 +91,7 @@ class Chat:
             messages = [*first, *rest[2 * dropped :]]
             layouts = [picture.layout for picture in chat_messages.images_of(messages)]
             try:
-                self._model._check_room(self._model._plan(messages, layouts, checked))
+                self._model._reader.check_room(self._model._reader.plan(messages, layouts, checked))
             except ContextError:
                 if dropped == n_turns:
                     raise

@@ -6,27 +6,24 @@ import json
 import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from edgevlm import messages as chat_messages
-from edgevlm import prompt as prompts
 from edgevlm.answer import Answer, FinishReason, Timings, Usage
 from edgevlm.choose import check_choices, probabilities
 from edgevlm.decoder import Decoder
-from edgevlm.errors import Cancelled, CapabilityError, ContextError, UsageError
+from edgevlm.errors import Cancelled, UsageError
 from edgevlm.generate import Generation
 from edgevlm.kept import Kept
-from edgevlm.layout import ImageLayout
 from edgevlm.machine import peak_rss_bytes
 from edgevlm.options import GenerateOptions
-from edgevlm.prompt import Message
+from edgevlm.prompt import Message, prompt_format
+from edgevlm.reading import Prompt, Reader
 from edgevlm.spec import ModelSpec, PromptSpec
-from edgevlm.splice import Plan, PlannedImage, Position, plan, positions, skip, splice
 from edgevlm.stream import Stream
 from edgevlm.tools import parse_calls
-from edgevlm.vision import Picture, Vision, embeds_of, no_vision
+from edgevlm.vision import Vision
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,17 +33,6 @@ if TYPE_CHECKING:
     from edgevlm.memory import MemoryPlan
     from edgevlm.tuning import Tuned
     from edgevlm.vision import ImageSource
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    """A prompt that the context holds: its size in positions, what was there already, and what to keep on disk."""
-
-    timings: Timings
-    n_positions: int
-    n_image_rows: int
-    cached: int
-    state: tuple[list[Position], bytes] | None
 
 
 _CUT = "the answer was cut before its JSON was whole; allow more tokens or a larger context"
@@ -85,12 +71,11 @@ class Model:
         self.tuning_identity: dict[str, Any] = {}
         self._decoder = decoder
         self._vision = vision
-        self._kept = kept
-        self._identity = identity
         decoder.vocabulary.ban(spec.prompt.placeholders() if spec else ())
-        self._format = prompts.prompt_format(
+        form = prompt_format(
             name, decoder.header, decoder.vocabulary.control_tokens, spec.prompt if spec else PromptSpec()
         )
+        self._reader = Reader(name, decoder, form, vision, kept, identity)
 
     def __enter__(self) -> Self:
         return self
@@ -192,6 +177,17 @@ class Model:
 
         return Chat(self, system=system, drop_oldest=drop_oldest)
 
+    def cached(self) -> dict[str, int]:
+        """What is there for later questions: `positions` of the context, `pictures` in memory and their
+        `picture_bytes`, `files` in the state folder and their `file_bytes`."""
+        self._decoder.check_open()
+        return self._reader.cached()
+
+    def forget(self) -> None:
+        """Drop everything that `cached` counts, on disk as well; answers stay the same."""
+        self._decoder.check_open()
+        self._reader.forget()
+
     def tune(self, *, rounds: int = 5) -> Tuned:
         """Measure which numbers of threads are best for this model on this machine (`edgevlm.tuning`), and keep them in
         the folder for state: `load` uses them from then on. A folder that cannot be written is a warning."""
@@ -206,13 +202,13 @@ class Model:
         For a model that cuts pictures into slices of their own shape (`spec.image.policy` is `slices`) a list: the
         whole picture, and the slices if there are any, float32 [T, 3, H, W] each.
         """
-        vision = self._eyes()
+        vision = self._reader.eyes()
         batches = vision.pixels(image)
         return batches if vision.image_spec.policy == "slices" else batches[0]
 
     def embed_image(self, image: ImageSource) -> NDArray[np.float32]:
         """What the decoder would be fed for a picture: float32 [n_tokens, n_embd], read-only."""
-        vision = self._eyes()
+        vision = self._reader.eyes()
         timings = Timings()
         try:
             return vision.embed(vision.look(image, timings), timings)
@@ -223,7 +219,7 @@ class Model:
 
     def _stream(self, messages: list[Message], options: dict[str, Any], *, dropped_turns: int = 0) -> Stream:
         if chat_messages.images_of(messages):
-            self._eyes()
+            self._reader.eyes()
         try:
             checked = GenerateOptions(**options)
         except TypeError as error:
@@ -237,9 +233,9 @@ class Model:
         started = time.perf_counter()
         self._decoder.cancelled = cancelled
         try:
-            prompt = self._read(messages, options.tools)
+            prompt = self._reader.read(messages, options.tools)
         except Cancelled:
-            read = _Prompt(Timings(load_s=self.load_s), self._decoder.n_past, 0, 0, None)
+            read = Prompt(Timings(), self._decoder.n_past, 0, 0, None)
             return self._answer(read, "", "cancelled", completion_tokens=0)
         finally:
             self._decoder.cancelled = threading.Event()
@@ -269,7 +265,7 @@ class Model:
 
     def _answer(
         self,
-        prompt: _Prompt,
+        prompt: Prompt,
         text: str,
         reason: FinishReason,
         *,
@@ -278,8 +274,7 @@ class Model:
         warnings: tuple[str, ...] = (),
         **more: Any,
     ) -> Answer:
-        if self._kept and self._identity and prompt.state:
-            self._kept.put_state(self._identity, *prompt.state)
+        prompt.timings.load_s += self.load_s
         return Answer(
             text=text,
             finish_reason=reason,
@@ -293,7 +288,7 @@ class Model:
             ),
             timings=prompt.timings,
             peak_rss_bytes=peak_rss_bytes(),
-            warnings=(*warnings, *(self._kept.take_warnings() if self._kept else ())),
+            warnings=(*warnings, *self._reader.finish(prompt)),
             **more,
         )
 
@@ -301,97 +296,10 @@ class Model:
         """An answer whose text is the likeliest choice, and whose `choices` has all probabilities."""
         checked = check_choices(choices)
         started = time.perf_counter()
-        prompt = self._read(messages)
+        prompt = self._reader.read(messages)
         scoring = time.perf_counter()
         found = probabilities(self._decoder, checked)
         prompt.timings.first_token_s = time.perf_counter() - started
         prompt.timings.generate_s = time.perf_counter() - scoring
         best = max(checked, key=lambda choice: found[choice])
         return self._answer(prompt, best, "stop", completion_tokens=0, choices=found)
-
-    def _read(self, messages: list[Message], tools: Sequence[Mapping[str, Any]] = ()) -> _Prompt:
-        """Everything up to the prompt's last logits."""
-        timings = Timings(load_s=self.load_s)
-        pictures = self._look(messages, timings)
-        # Counted before anything is encoded: a prompt that does not fit costs next to nothing.
-        segments = self._plan(messages, [picture.layout for picture in pictures], tools)
-        self._check_room(segments)
-        cached, state = self._prefill(segments, pictures, timings)
-        return _Prompt(timings, sum(map(len, segments)), _n_image_rows(segments), cached, state)
-
-    def _look(self, messages: list[Message], timings: Timings) -> list[Picture]:
-        """The messages' pictures; those of a conversation have been looked at."""
-        images = chat_messages.images_of(messages)
-        return [image if isinstance(image, Picture) else self._eyes().look(image, timings) for image in images]
-
-    def _plan(
-        self, messages: list[Message], layouts: Sequence[ImageLayout], tools: Sequence[Mapping[str, Any]] = ()
-    ) -> Plan:
-        pieces = prompts.render(messages, self._format, tools)
-        segments = plan(pieces, self._decoder.vocabulary.tokenize, bos=self._format.bos, layouts=layouts)
-        if not segments:
-            raise CapabilityError(
-                f"the chat template of {self.name} makes nothing of this prompt", code="capability.no_template"
-            )
-        return segments
-
-    def _check_room(self, segments: Plan) -> None:
-        needed, available = sum(map(len, segments)), self._decoder.n_context
-        if needed > available:
-            of_images = _n_image_rows(segments)
-            pictures = f", {of_images} of them pictures" if of_images else ""
-            raise ContextError(
-                f"the prompt takes {needed} positions{pictures}; the context has {available}; "
-                "shorten it or ask for a larger context",
-                needed=needed,
-                available=available,
-            )
-
-    def _prefill(
-        self, segments: Plan, pictures: Sequence[Picture], timings: Timings
-    ) -> tuple[int, tuple[list[Position], bytes] | None]:
-        """Decode what the context does not hold already.
-
-        Returns:
-            How many positions it held, and what to keep on disk: positions, and the decoder's state behind them.
-        """
-        wanted = positions(segments, [picture.key for picture in pictures])
-        cached = self._decoder.begin(wanted)
-        n_shared = _end_of_images(segments) if self._kept and self._identity else 0
-        if cached < n_shared and self._restore(wanted[:n_shared]):
-            cached = self._decoder.begin(wanted)
-        left = skip(segments, cached)
-        embeds = embeds_of(self._eyes, left, pictures, timings)
-        if self._decoder.n_past < cached:  # what it held was given up to make room for the encoder
-            cached, left = 0, list(segments)
-            embeds |= embeds_of(self._eyes, left, pictures, timings)
-        state = None
-        with timings.measure("prefill_s"):
-            if cached < n_shared:
-                self._decoder.prefill(splice(left[: len(left) - len(skip(segments, n_shared))], embeds))
-                state = wanted[:n_shared], self._decoder.state()
-                left = skip(segments, n_shared)
-            self._decoder.prefill(splice(left, embeds))
-        return cached, state
-
-    def _restore(self, held: list[Position]) -> bool:
-        assert self._kept is not None
-        assert self._identity is not None
-        found = self._kept.state(self._identity, held)
-        return found is not None and self._decoder.restore(found, held)
-
-    def _eyes(self) -> Vision:
-        self._decoder.check_open()
-        if self._vision is None:
-            raise no_vision(self.name)
-        return self._vision
-
-
-def _n_image_rows(segments: Plan) -> int:
-    return sum(len(segment) for segment in segments if isinstance(segment, PlannedImage))
-
-
-def _end_of_images(segments: Plan) -> int:
-    """Positions up to the end of the last picture; what can be shared by all questions about these pictures."""
-    ends = [n + 1 for n, segment in enumerate(segments) if isinstance(segment, PlannedImage)]
-    return sum(map(len, segments[: ends[-1]])) if ends else 0

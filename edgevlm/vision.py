@@ -132,11 +132,15 @@ class Vision:
         if self._make_room:
             self.release()
 
+    def forget(self) -> None:
+        """Forget all pictures."""
+        self._embeds.clear()
+        self._sources.clear()
+
     def close(self) -> None:
         """Give everything back."""
         self.release()
-        self._embeds.clear()
-        self._sources.clear()
+        self.forget()
 
     @property
     def cached(self) -> tuple[int, int]:

@@ -171,7 +171,9 @@ def test_a_model_is_fed_the_chosen_rows_of_each_tile(smolvlm, n_tokens):
     image = picture("landscape")
     with load(out) as model, load(out, image_tokens=n_tokens) as frugal:
         full_ND, found_ND = model.embed_image(image), frugal.embed_image(image)
-        segments = frugal._plan(messages.question(QUESTION, [image]), [frugal._vision.look(image, Timings()).layout])
+        segments = frugal._reader.plan(
+            messages.question(QUESTION, [image]), [frugal._vision.look(image, Timings()).layout]
+        )
         answer = frugal.ask(QUESTION, [image], max_tokens=6)
     shares = plain_shares(n_tokens, 5, 16, 4)
     chosen = [16 * tile + i for tile, n in enumerate(shares) for i in plain_choice(full_ND[16 * tile :][:16], n)]

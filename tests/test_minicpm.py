@@ -170,7 +170,7 @@ def test_positions_are_torchs_for_every_number_of_patches(positions):
 def layout_ids(model, tokenizer, question, images, system=None):
     """The prompt as token ids, `<unk>` for each embedding."""
     layouts = [image_layout(*image.shape[:2], model.spec) for image in images]
-    segments = model._plan(messages.question(question, images, system), layouts)
+    segments = model._reader.plan(messages.question(question, images, system), layouts)
     unknown = tokenizer.convert_tokens_to_ids("<unk>")
     ids = [segment.tokens if isinstance(segment, TextSegment) else [unknown] * len(segment) for segment in segments]
     return [token for part in ids for token in part]
@@ -215,7 +215,9 @@ def test_logits_and_answers_are_the_references(converted, size):
     embeds = reference.embeds_of(tokenizer, ids, [image])
     with torch.no_grad():
         wanted = reference.llm(inputs_embeds=embeds).logits[0, -1].numpy()
-    segments = model._plan(messages.question("What is it?", [image]), [image_layout(*image.shape[:2], model.spec)])
+    segments = model._reader.plan(
+        messages.question("What is it?", [image]), [image_layout(*image.shape[:2], model.spec)]
+    )
     rows_ND = model.embed_image(image)
     assert (
         np.abs(exact_logits(out / "decoder.gguf", splice(segments, {0: ("whole", rows_ND)})) - wanted).max()

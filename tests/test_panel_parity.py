@@ -129,7 +129,7 @@ def test_logits(exact: edgevlm.Model, reference: Any, processor: Any, seed: int)
 
 def planned_ids(model: edgevlm.Model, question: str) -> list[int | str]:
     """Our prompt as token ids, with "image" for the picture."""
-    plan = model._plan(messages.question(question, [None]), [(Rows(model.spec.encoder.n_tokens),)])
+    plan = model._reader.plan(messages.question(question, [None]), [(Rows(model.spec.encoder.n_tokens),)])
     return [id for segment in plan for id in (segment.tokens if isinstance(segment, TextSegment) else ["image"])]
 
 

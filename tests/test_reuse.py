@@ -222,6 +222,20 @@ def test_the_memory_cache_has_a_bound_and_drops_the_longest_unused() -> None:
     assert cache.get("huge") is None
 
 
+def test_what_is_there_can_be_counted_and_forgotten(tmp_path: Path) -> None:
+    with edgevlm.load(state=tmp_path) as model:
+        first = model.ask(QUESTIONS[0], [picture(0)])
+        counted = model.cached()
+        assert counted["positions"] >= first.usage.prompt_tokens
+        assert (counted["pictures"], counted["files"]) == (1, 2)
+        assert 0 < counted["picture_bytes"] < counted["file_bytes"]
+        model.forget()
+        assert set(model.cached().values()) == {0}
+        again = model.ask(QUESTIONS[0], [picture(0)])
+        assert (again.text, again.usage.cached_tokens) == (first.text, 0)
+        assert again.timings.encode_s > 0
+
+
 # ---- conversations
 
 

@@ -61,7 +61,7 @@ def reference_inputs(processor, question, images):
 def layout_ids(model, question, images, image_token_id):
     """The prompt as token ids, one image token for each embedding."""
     layouts = [image_layout(*image.shape[:2], model.spec) for image in images]
-    segments = model._plan(messages.question(question, images), layouts)
+    segments = model._reader.plan(messages.question(question, images), layouts)
     ids = [segment.tokens if isinstance(segment, TextSegment) else [image_token_id] * len(segment)
            for segment in segments]  # fmt: skip
     return [token for part in ids for token in part]
@@ -168,7 +168,9 @@ def test_logits_and_answers_are_those_of_transformers(converted, size):
     inputs = reference_inputs(processor, "What is it?", [image])
     with torch.no_grad():
         wanted = reference(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"]).logits[0, -1].numpy()
-    segments = model._plan(messages.question("What is it?", [image]), [image_layout(*image.shape[:2], model.spec)])
+    segments = model._reader.plan(
+        messages.question("What is it?", [image]), [image_layout(*image.shape[:2], model.spec)]
+    )
     rows_ND = model.embed_image(image)
     found = exact_logits(out / "decoder.gguf", splice(segments, {0: ("whole", rows_ND)}))
     assert np.abs(found - wanted).max() <= LOGIT_TOLERANCE
