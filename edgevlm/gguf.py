@@ -79,6 +79,13 @@ class GGUFHeader:
     def context_length(self) -> int:
         return int(self.metadata["llama.context_length"])
 
+    @property
+    def has_float_matrices(self) -> bool:
+        """Whether a matrix is stored as F32, F16 or BF16; norms and biases always are."""
+        return any(
+            tensor.type_id in (0, 1, 30) and sum(size > 1 for size in tensor.shape) > 1 for tensor in self.tensors
+        )
+
     def token(self, role: str) -> str:
         """Text of the token with a role, such as `bos` or `eos`; empty if the file names none."""
         index = self.metadata.get(f"tokenizer.ggml.{role}_token_id")
