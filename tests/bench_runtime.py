@@ -44,7 +44,7 @@ N_PROMPT, N_GEN = 512, 128
 CONTEXT = 4096
 #: Tiles -> (height, width) of the 12 MP picture; a single tile is another bundle's (`bench_models.smolvlm`).
 PICTURES = {1: (3000, 4000), 5: (1732, 6928), 17: (3464, 3464)}
-QUESTION, OTHER_QUESTION = "What does the display read?", "Which lamps are lit, and what does the gauge read?"
+QUESTION, OTHER_QUESTION = "What does the display read?", "Which lamps are on?"
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Setting:
     encoder: str
 
     def path(self, name: str) -> Path:
-        if name not in self.binaries:
+        if name not in self.binaries or not self.binaries[name].exists():
             raise SystemExit(f"{name}=PATH is needed for this; docs/benchmarks.md says how to get it")
         return self.binaries[name]
 
