@@ -394,6 +394,7 @@ def main() -> None:
     run = {"decode": decode_part, "second": second_part, "tiles": tiles_part, "start": start_part}
     about = card("onnxruntime", "llama-cpp-python", "numpy") | {"threads": options.threads, "rounds": options.rounds}
     print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package is compiled already
     goals, results = [], {}
     for part in options.parts.split(","):
         load = os.getloadavg()[0]
