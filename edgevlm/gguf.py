@@ -179,10 +179,11 @@ class _Cursor:
         left = count
         while left:
             window, start = self._window, self.position - self._base
-            while left and start + 8 <= len(window):
+            n_window = len(window)
+            while left and start + 8 <= n_window:
                 (length,) = length_of(window, start)
                 end = start + 8 + length
-                if end > len(window) or length > _STRING_LIMIT_BYTES:
+                if end > n_window or length > _STRING_LIMIT_BYTES:
                     break
                 if keep:
                     found.append(window[start + 8 : end].decode("utf-8", "surrogateescape"))
