@@ -20,7 +20,7 @@ from typing import Any
 from edgevlm.errors import EdgeVLMError, StorageError
 from edgevlm.files import open_regular
 from edgevlm.state_folder import make_private
-from edgevlm.storage import atomic_write, storage_errors
+from edgevlm.storage import atomic_write, megabytes, storage_errors
 
 _MAGIC = b"EVLMBLB1"
 _DIGEST_BYTES = 32
@@ -97,11 +97,15 @@ class Shelf:
         """Keep a blob under a plain name.
 
         Raises:
-            StorageError: it could not be written; what was there is unchanged.
+            StorageError: it could not be written, or is larger than all that may be kept; what was there is unchanged.
         """
         needed = len(payload) + _HEADER_LIMIT_BYTES
         if needed > self.limit_bytes:
-            return
+            raise StorageError(
+                f"{self.folder / name} takes {megabytes(needed)}, all of the folder may take "
+                f"{megabytes(self.limit_bytes)}; make room or choose another place",
+                code="storage.full",
+            )
         make_private(self.folder)
         with self._alone():
             self._make_room(needed)

@@ -6,15 +6,14 @@ range (`llama-context.cpp`, `llama-batch.cpp`), so each of these is checked here
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import ctypes
 import os
 import threading
-import weakref
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from edgevlm.ending import check_not_ending, is_ending, native_lock
 from edgevlm.errors import BackendError, Cancelled, ContextError, UsageError
 from edgevlm.gguf import GGUFHeader, read_header
 from edgevlm.held import ALONE_DIFFERS, N_TOKENS, batches, drawn, shared
@@ -69,8 +68,11 @@ class Decoder:
         self.header = header or read_header(path)
         self.n_context = context_size(self.header, context)
         self._llama = library()
-        self._native = Native(self._llama, path, repack=repack)
-        self.vocabulary = Vocabulary(self._llama, self._native.model, self.header, self.check_open)
+        self._busy = native_lock()
+        with self._busy:
+            check_not_ending()
+            self._native = Native(self._llama, path, repack=repack)
+        self.vocabulary = Vocabulary(self._llama, self._native.model, self.header, self._using)
         self.n_vocab = self.vocabulary.n_vocab
         self.n_embd = self._llama.llama_model_n_embd_inp(self._native.model)
         #: Without flash attention batches of any size are alike.
@@ -89,9 +91,6 @@ class Decoder:
         #: What the context holds: for each position the token's id, or which row of which picture.
         self.held: list[Position] = []
         self.cancelled = threading.Event()  # set, it ends `prefill` before the next batch
-        #: Held while native code works on the context.
-        self._busy = threading.Lock()
-        _decoders.add(self)
         #: Counts resets: whoever holds an older number is reading a context that is not theirs any more.
         self.epoch = 0
         self._has_logits = False
@@ -106,8 +105,8 @@ class Decoder:
     def close(self) -> None:
         """Free the native memory, after a decode that another thread may be in. Every later call raises; closing twice
         is harmless."""
-        with self._busy:
-            if not _exiting.is_set():
+        if not is_ending():
+            with self._busy:
                 self._native.close()
 
     def check_open(self) -> None:
@@ -126,16 +125,14 @@ class Decoder:
 
     def use_threads(self, threads: Threads) -> None:
         """Change the numbers of threads from now on."""
-        self.check_open()
-        with self._busy:
+        with self._using():
             self._native.use_threads(threads)
         self.threads = threads
 
     def set_aside(self) -> None:
         """Give back cache and buffers until something is decoded, to make room for the encoder; what the context held
         is lost."""
-        self.check_open()
-        with self._busy:
+        with self._native_call():
             self._native.set_aside()
         self.held.clear()
         self.epoch += 1
@@ -170,18 +167,27 @@ class Decoder:
             self.reset()
 
     @contextlib.contextmanager
+    def _using(self) -> Iterator[None]:
+        """While nobody else uses or closes the native objects.
+
+        Raises:
+            UsageError: the decoder is closed, or the program is ending.
+        """
+        with self._busy:
+            check_not_ending()
+            self.check_open()
+            yield
+
+    @contextlib.contextmanager
     def _native_call(self) -> Iterator[Any]:
-        """The C functions, while nobody else uses or closes the context.
+        """The C functions, to be used on the context; as `_using`.
 
         An exception within, Ctrl-C above all, may come after the context has changed and before that was noted.
 
         Raises:
             UsageError: the decoder is closed, or the program is ending.
         """
-        with self._busy:
-            if _exiting.is_set():
-                raise UsageError("the program is ending; nothing more can be asked")
-            self.check_open()
+        with self._using():
             try:
                 yield self._llama
             except BaseException:
@@ -381,19 +387,3 @@ class Decoder:
                     f"llama.cpp failed to decode {count} positions (status {status}): {last_log()}",
                     code="backend.failed",
                 )
-
-
-_decoders: weakref.WeakSet[Decoder] = weakref.WeakSet()
-
-
-#: Set when the interpreter exits: native objects are neither used nor freed from then on.
-_exiting = threading.Event()
-
-
-@atexit.register
-def _wait_for_native_code() -> None:
-    """Let running decodes end and no new one begin: exiting tears the native libraries down under other threads."""
-    _exiting.set()
-    for decoder in list(_decoders):
-        with decoder._busy:
-            pass

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgevlm import kernels
+from edgevlm.ending import check_not_ending, native_lock
 from edgevlm.errors import BackendError, DependencyError
 from edgevlm.spec import EncoderSpec
 from edgevlm.threads import ThreadsLike, resolve_threads
@@ -40,7 +41,10 @@ class Encoder:
         self, path: str | os.PathLike[str], spec: EncoderSpec, *, threads: ThreadsLike = None, repack: bool = True
     ) -> None:
         self.spec = spec
-        self._session = _open_session(Path(path), resolve_threads(threads).encode, repack)
+        self._busy = native_lock()
+        with self._busy:
+            check_not_ending()
+            self._session = _open_session(Path(path), resolve_threads(threads).encode, repack)
 
     def encode(self, tiles_TCHW: NDArray[np.float32]) -> NDArray[np.float32]:
         """Encode tiles.
@@ -56,10 +60,7 @@ class Encoder:
         """
         import numpy as np
 
-        try:
-            (embeds_TND,) = self._session.run([OUTPUT_NAME], {INPUT_NAME: tiles_TCHW})
-        except Exception as error:  # onnxruntime raises its own pybind classes, without a common base
-            raise BackendError(f"the encoder failed on {tiles_TCHW.shape}: {error}", code="backend.failed") from error
+        (embeds_TND,) = self._run([OUTPUT_NAME], tiles_TCHW)
         expected = (len(tiles_TCHW), self.spec.n_tokens, self.spec.n_embd)
         if embeds_TND.shape != expected or embeds_TND.dtype != np.float32:
             raise BackendError(
@@ -78,10 +79,7 @@ class Encoder:
         Raises:
             BackendError: the graph failed.
         """
-        try:
-            values = self._session.run(None, {INPUT_NAME: tiles_TCHW})
-        except Exception as error:  # as in `encode`
-            raise BackendError(f"the encoder failed on {tiles_TCHW.shape}: {error}", code="backend.failed") from error
+        values = self._run(None, tiles_TCHW)
         # Copies: the values lie in ONNX Runtime's arena, and a small one would keep all of it when the session is gone.
         names = (output.name for output in self._session.get_outputs())
         return {name: value.copy() for name, value in zip(names, values, strict=True)}
@@ -99,6 +97,16 @@ class Encoder:
         for i in range(len(tiles_TCHW)):
             embeds_TND[i : i + 1] = self.encode(tiles_TCHW[i : i + 1])
         return embeds_TND
+
+    def _run(self, names: list[str] | None, tiles_TCHW: NDArray[np.float32]) -> list[Any]:
+        with self._busy:
+            check_not_ending()
+            try:
+                return self._session.run(names, {INPUT_NAME: tiles_TCHW})  # type: ignore[no-any-return]
+            except Exception as error:  # onnxruntime raises its own pybind classes, without a common base
+                raise BackendError(
+                    f"the encoder failed on {tiles_TCHW.shape}: {error}", code="backend.failed"
+                ) from error
 
 
 def _open_session(path: Path, threads: int, repack: bool) -> Any:

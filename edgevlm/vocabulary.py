@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from edgevlm.errors import UsageError
@@ -23,14 +24,17 @@ class Vocabulary:
         llama: The module of C functions.
         model: The loaded model.
         header: What its file says.
-        check_open: Raises when the model is closed; native functions would read freed memory.
+        using: Entered around native functions: raises when the model is closed, and keeps it from being closed. They
+            would read freed memory.
     """
 
-    def __init__(self, llama: Any, model: Any, header: GGUFHeader, check_open: Callable[[], None]) -> None:
+    def __init__(
+        self, llama: Any, model: Any, header: GGUFHeader, using: Callable[[], AbstractContextManager[None]]
+    ) -> None:
         self._llama = llama
         self._vocab = llama.llama_model_get_vocab(model)
         self._header = header
-        self._check_open = check_open
+        self._using = using
         self.n_vocab: int = llama.llama_vocab_n_tokens(self._vocab)
         self.control_tokens = self._control_tokens()
         #: Tokens that no answer may hold; see `ban`.
@@ -43,13 +47,13 @@ class Vocabulary:
         Raises:
             UsageError: a run of one kind of character is too long for this vocabulary's splitter.
         """
-        self._check_open()
         self._check_runs(text)
         raw = text.encode("utf-8")
         capacity = len(raw) + 8
         while True:
             tokens = (ctypes.c_int32 * capacity)()
-            count = self._llama.llama_tokenize(self._vocab, raw, len(raw), tokens, capacity, add_bos, parse_special)
+            with self._using():
+                count = self._llama.llama_tokenize(self._vocab, raw, len(raw), tokens, capacity, add_bos, parse_special)
             if count >= 0:
                 return tokens[:count]
             capacity = -count
@@ -90,13 +94,13 @@ class Vocabulary:
 
     def piece(self, token: int) -> bytes:
         """The bytes that a token stands for; empty for control tokens. They need not be whole characters."""
-        self._check_open()
         if not 0 <= token < self.n_vocab:
             raise ValueError(f"token {token} is outside the vocabulary of {self.n_vocab}")
         capacity = 64
         while True:
             buffer = ctypes.create_string_buffer(capacity)
-            count = self._llama.llama_token_to_piece(self._vocab, token, buffer, capacity, 0, False)
+            with self._using():
+                count = self._llama.llama_token_to_piece(self._vocab, token, buffer, capacity, 0, False)
             if count >= 0:
                 return buffer.raw[:count]
             capacity = -count
@@ -119,10 +123,11 @@ class Vocabulary:
         """All tokens for which `is_end` holds, in order."""
         if self._end_tokens is None:
             is_end = self._llama.llama_vocab_is_eog
-            self._end_tokens = [token for token in range(self.n_vocab) if is_end(self._vocab, token)]
+            with self._using():
+                self._end_tokens = [token for token in range(self.n_vocab) if is_end(self._vocab, token)]
         return self._end_tokens
 
     def is_end(self, token: int) -> bool:
         """Whether the model ends its turn with this token (end of text, turn or message)."""
-        self._check_open()
-        return bool(self._llama.llama_vocab_is_eog(self._vocab, token))
+        with self._using():
+            return bool(self._llama.llama_vocab_is_eog(self._vocab, token))

@@ -30,9 +30,9 @@ BASE = {
 }  # fmt: skip
 STAGES = {
     "_arrays", "_kernels", "blob", "budget", "bundle", "choose", "constraint", "decoder", "describe", "encoder",
-    "footprint", "frames", "generate", "gguf", "gguf_llama", "held", "image", "journal", "kept", "kernels", "layout",
-    "llama", "lookup", "memory", "messages", "native", "preprocess", "prompt", "reading", "sampling", "splice",
-    "state_folder", "storage", "stream", "template", "tiling", "tuning", "vision", "vocabulary",
+    "ending", "footprint", "frames", "generate", "gguf", "gguf_llama", "held", "image", "journal", "kept", "kernels",
+    "layout", "llama", "lookup", "memory", "messages", "native", "preprocess", "prompt", "reading", "sampling",
+    "splice", "state_folder", "storage", "stream", "template", "tiling", "tuning", "vision", "vocabulary",
 }  # fmt: skip
 CONVERTERS_MAY = {
     "errors", "files", "spec", "bundle", "storage", "llama", "encoder", "decoder", "families", "gguf", "journal",

@@ -96,7 +96,8 @@ def test_the_longest_unused_goes_first_and_what_is_too_large_is_not_kept(tmp_pat
     names = {path.name for path, _, _ in shelf.entries()}
     assert "1" not in names
     assert {"0", "4"} <= names
-    shelf.put("huge", HEADER, bytes(1 << 20))
+    with pytest.raises(StorageError, match="may take"):
+        shelf.put("huge", HEADER, bytes(1 << 20))
     assert shelf.get("huge", {}) is None
     assert shelf.clear() > 0
     assert shelf.entries() == []

@@ -361,9 +361,10 @@ def test_damaged_files_are_as_if_they_were_not_there(tmp_path: Path, damage: str
     assert answers() == wanted
 
 
-def test_what_cannot_be_kept_is_a_warning_and_the_answer_comes(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("not a folder")
-    with edgevlm.load(state=tmp_path / "file") as model, edgevlm.load() as other:
+@pytest.mark.parametrize("place", ["file", "/proc/1/edgevlm"])
+def test_what_cannot_be_kept_is_a_warning_and_the_answer_comes(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("not a folder")  # and under /proc nobody can write, not even root
+    with edgevlm.load(state=tmp_path / place) as model, edgevlm.load() as other:
         answer = model.ask(QUESTIONS[0], [picture(0)])
         assert answer.text == other.ask(QUESTIONS[0], [picture(0)]).text
     assert "kept" in answer.warnings[0]
