@@ -7,7 +7,6 @@ ratios of CPU time; all work is single-threaded. Apart from `image.py` the only 
 
 from __future__ import annotations
 
-import importlib.metadata
 import io
 import platform
 import statistics
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from edgevlm.machine import cpu_name, usable_cpus
 from edgevlm.spec import ImageSpec, Resample
+from edgevlm.versions import versions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -267,17 +267,16 @@ def encode_jpeg(image_HWC: NDArray[np.uint8]) -> bytes:
 
 def card(*packages: str) -> dict[str, str | int]:
     """What numbers belong to: versions, processor, what the kernels make of it."""
-    from edgevlm import __version__, kernels
+    from edgevlm import kernels
 
     return {
-        "edgevlm": __version__,
+        **versions(*packages),
         "cpu": cpu_name(),
         "cpus": usable_cpus(),
         "target": kernels.active_target(),
         "targets": " ".join(kernels.targets()),
         "compiler": kernels.compiler(),
         "python": platform.python_version(),
-        **{package: importlib.metadata.version(package) for package in packages},
     }
 
 

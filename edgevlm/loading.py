@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import os
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ from edgevlm.options import MOST_LOOKUP, shown
 from edgevlm.pipeline import Model
 from edgevlm.threads import Threads, ThreadsLike, resolve_threads
 from edgevlm.tuning import identity, recall
+from edgevlm.versions import versions
 from edgevlm.vision import Vision, no_vision
 
 #: The memory cache of embeddings: a 32nd of what is available, between these.
@@ -185,7 +185,7 @@ def _state_identity(bundle: Bundle, settings: Settings) -> dict[str, Any]:
         "batch": settings.batch,
         "repack": settings.repack,
         "cpu": [cpu_name(), *sorted(cpu_features())],
-        "versions": {name: importlib.metadata.version(name) for name in ("edgevlm", "llama-cpp-python")},
+        "versions": versions("llama-cpp-python"),
     }
 
 

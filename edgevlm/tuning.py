@@ -8,7 +8,6 @@ number of CPUs and library versions; with any doubt it is as if it were not ther
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import statistics
 import time
@@ -25,6 +24,7 @@ from edgevlm.splice import TextSegment
 from edgevlm.state_folder import make_private, state_folder
 from edgevlm.storage import atomic_write
 from edgevlm.threads import PHASES, Threads
+from edgevlm.versions import versions
 
 if TYPE_CHECKING:
     from edgevlm.bundle import Bundle
@@ -69,7 +69,7 @@ def identity(path: Path, bundle: Bundle | None) -> dict[str, Any]:
         "files": files,
         "cpu": cpu_name(),
         "cpus": usable_cpus(),
-        "versions": {name: importlib.metadata.version(name) for name in ("edgevlm", "llama-cpp-python", "onnxruntime")},
+        "versions": versions("llama-cpp-python", "onnxruntime"),
     }
 
 

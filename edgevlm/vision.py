@@ -7,7 +7,6 @@ preprocessing, the encoder's files with the connector in them, and the libraries
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
 from collections import OrderedDict
@@ -28,6 +27,7 @@ from edgevlm.native import trim
 from edgevlm.preprocess import preprocess_batches
 from edgevlm.splice import Plan, PlannedImage
 from edgevlm.threads import Threads
+from edgevlm.versions import versions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -308,6 +308,6 @@ def _identity(bundle: Bundle) -> str:
         "image": specs.to_json(spec.image),
         "encoder": specs.to_json(spec.encoder),
         "files": {entry.role: entry.sha256 for entry in bundle.manifest.files if entry.role != "decoder"},
-        "versions": {name: importlib.metadata.version(name) for name in ("edgevlm", "onnxruntime", "pillow")},
+        "versions": versions("onnxruntime", "pillow"),
     }
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=_DIGEST_BYTES).hexdigest()

@@ -26,7 +26,7 @@ REFERENCES = {"torch", "transformers", "tokenizers", "safetensors"}
 #: Who may import whom inside edgevlm: one direction, from the front ends down to the contracts.
 BASE = {
     "answer", "automaton", "cgroup", "errors", "files", "grammar", "keywords", "machine", "options", "progress",
-    "scalars", "schema", "spec", "text", "threads", "tools",
+    "scalars", "schema", "spec", "text", "threads", "tools", "versions",
 }  # fmt: skip
 STAGES = {
     "_arrays", "_kernels", "blob", "budget", "bundle", "choose", "constraint", "decoder", "describe", "encoder",
