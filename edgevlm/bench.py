@@ -269,14 +269,16 @@ def card(*packages: str) -> dict[str, str | int]:
     """What numbers belong to: versions, processor, what the kernels make of it."""
     from edgevlm import kernels
 
+    found = versions(*packages)
     return {
-        **versions(*packages),
+        "edgevlm": found.pop("edgevlm"),
         "cpu": cpu_name(),
         "cpus": usable_cpus(),
         "target": kernels.active_target(),
         "targets": " ".join(kernels.targets()),
         "compiler": kernels.compiler(),
         "python": platform.python_version(),
+        **found,
     }
 
 

@@ -35,6 +35,11 @@ class Constraint:
         """Whether the document is whole and cannot go on."""
         return not self._state.next_bytes
 
+    @property
+    def whole(self) -> bool:
+        """Whether the document may end here."""
+        return self._state.may_end
+
     def take(self, piece: bytes) -> None:
         """Go on by the bytes of a token that was allowed."""
         following = self._state.advance(piece)

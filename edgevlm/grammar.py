@@ -14,6 +14,7 @@ class Choice(Node):
     def __init__(self, alternatives: Sequence[Node] = ()) -> None:
         self.alternatives = list(alternatives)
         self.need = NEVER
+        self._leaves: list[Node] | None = None
 
     def update_need(self) -> bool:
         need = min((node.need for node in self.alternatives), default=NEVER)
@@ -21,9 +22,26 @@ class Choice(Node):
         return changed
 
     def enter(self, level: int, rest: Stack) -> Iterator[Stack]:
-        for node in self.alternatives:
+        if self._leaves is None:
+            self._leaves = self._flat()
+        for node in self._leaves:
             if level + node.need <= LEVELS:
                 yield from node.enter(level, rest)
+
+    def _flat(self) -> list[Node]:
+        """What is no choice, each once: the paths to it through choices of choices may be without number."""
+        leaves: dict[Node, None] = {}
+        seen: set[Node] = {self}
+        waiting: list[Node] = [self]
+        while waiting:
+            node = waiting.pop()
+            if not isinstance(node, Choice):
+                leaves[node] = None
+                continue
+            fresh = [child for child in dict.fromkeys(node.alternatives) if child not in seen]
+            seen.update(fresh)
+            waiting += reversed(fresh)
+        return list(leaves)
 
 
 class Object(Node):

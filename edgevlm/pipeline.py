@@ -257,10 +257,10 @@ class Model:
             "tool_calls" if calls else reason,
             completion_tokens=len(generation.tokens),
             forced_tokens=generation.forced,
-            data=json.loads(text) if options.format and reason == "stop" else None,
+            data=json.loads(text) if generation.whole else None,
             tool_calls=calls,
             dropped_turns=dropped_turns,
-            warnings=(_CUT,) if options.format and reason != "stop" else (),
+            warnings=(_CUT,) if options.format and reason == "length" and not generation.whole else (),
             logprobs=None if options.logprobs is None else tuple(generation.logprobs),
         )
 

@@ -107,9 +107,10 @@ def render(messages: list[Message], form: PromptFormat, tools: Sequence[Mapping[
     if _ignores_strings(form.template, form.bos, form.eos):
         shielded = [{**message, "content": _parts(message)} for message in shielded]
     offered = [shield.hidden(tool) for tool in tools] or None
+    takes_tools = _takes_tools(form.template, form.bos, form.eos) if offered else None
     try:
         rendered = render_template(form.template, shielded, bos=form.bos, eos=form.eos, tools=offered)
-        if offered and not _prints(rendered, tools):
+        if offered and (takes_tools is False or not _prints(rendered, tools)):
             raise CapabilityError(
                 "the model's chat template has no place for tools; describe them in the prompt, or use another model",
                 code="capability.no_tools",
@@ -129,6 +130,26 @@ def render(messages: list[Message], form: PromptFormat, tools: Sequence[Mapping[
             code="capability.no_template",
         )
     return pieces
+
+
+@functools.lru_cache(maxsize=8)
+def _takes_tools(template: str, bos: str, eos: str) -> bool | None:
+    """Whether a template prints tools; None if it fails on one that it is shown.
+
+    Names of real tools may be in the prompt anyway, in a question such as "use the clock".
+    """
+    name = f"probe_{secrets.token_hex(8)}"
+    tool = {
+        "type": "function",
+        "function": {"name": name, "description": "", "parameters": {"type": "object", "properties": {}}},
+    }
+    word = "edgevlm"
+    content = [{"type": "text", "text": word}] if _ignores_strings(template, bos, eos) else word
+    try:
+        rendered = render_template(template, [{"role": "user", "content": content}], bos=bos, eos=eos, tools=[tool])
+    except Exception:  # as below
+        return None
+    return name in rendered
 
 
 def _prints(rendered: str, tools: Sequence[Mapping[str, Any]]) -> bool:

@@ -90,3 +90,18 @@ def test_texts_that_are_no_texts(prompt: str) -> None:
             with pytest.raises(EdgeVLMError):
                 ask()
         assert model.ask("Which lamps are on?", max_tokens=2).text is not None
+
+
+@pytest.mark.parametrize("option", ["--max-tokens=5", "--temperature=0", "--top-k=-3", "--seed=1", "--stop=x"])
+def test_choices_draw_nothing(option, monkeypatch, capsys) -> None:
+    asked = ["edgevlm", "ask", "Is the red lamp on?", "--choices", "yes,no"]
+    monkeypatch.setattr(sys, "argv", [*asked, option])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert option.split("=")[0] in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", asked)  # the twin
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 0
+    assert "yes\t" in capsys.readouterr().out

@@ -107,6 +107,22 @@ def test_a_cut_document_is_marked_as_cut(panel: Model) -> None:
     assert whole.warnings == ()
 
 
+def test_a_document_that_is_whole_where_it_was_cut_is_there(panel: Model) -> None:
+    """A number may go on, and may end."""
+    answer = panel.ask(QUESTION, schema={"type": "integer"}, max_tokens=1)
+    assert answer.finish_reason == "length"
+    assert answer.data == int(answer.text)
+    assert answer.warnings == ()
+
+
+def test_a_cancelled_answer_does_not_ask_for_more_tokens(smol: Model) -> None:
+    stream = smol.stream("Name a colour.", schema={"type": "array", "items": {"type": "string"}, "minItems": 50})
+    next(stream)
+    stream.cancel()
+    answer = stream.finish()
+    assert (answer.finish_reason, answer.data, answer.warnings) == ("cancelled", None, ())
+
+
 def test_a_full_context_cuts_as_well() -> None:
     with load(context=48, threads=1) as model:
         answer = model.ask(QUESTION, schema={"type": "array", "items": RECORD, "minItems": 9}, max_tokens=None)

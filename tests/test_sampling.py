@@ -38,6 +38,12 @@ def test_temperature() -> None:
     assert np.abs(frequencies(temperature=2.0) - [0.5, 0.3, 0.15, 0.05]).max() > TOLERANCE
 
 
+def test_a_temperature_near_nothing_is_greedy() -> None:
+    for temperature in (1e-308, 5e-324):
+        sampler = Sampler(GenerateOptions(temperature=temperature, seed=1))
+        assert sampler.sample(np.array([1.0, 3.0, -2.0, 2.999], np.float32)) == 1
+
+
 def test_top_k() -> None:
     np.testing.assert_allclose(frequencies(temperature=1.0, top_k=2), [0.625, 0.375, 0, 0], atol=TOLERANCE)
     assert frequencies(temperature=5.0, top_k=1)[0] == 1

@@ -6,6 +6,7 @@ import json
 import random
 import re
 import time
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -378,6 +379,9 @@ REFUSED: list[tuple[Any, str, str]] = [
     ({1: 2}, "schema.invalid", ""),
     ({"const": {1, 2}}, "schema.invalid", ""),
     ({"anyOf": []}, "schema.invalid", "/anyOf"),
+    ({"oneOf": [{"type": "object", "required": [["a"]]}, {"properties": ["a"]}]}, "schema.invalid", "/oneOf/0/required"),
+    ({"oneOf": [{"properties": ["a"]}, {"properties": ["b"]}]}, "schema.invalid", "/oneOf/0/properties"),
+    ({"const": MappingProxyType({"a": 1})}, "schema.invalid", "/const"),
     (False, "schema.invalid", ""),
     (None, "schema.invalid", ""),
     ([], "schema.invalid", ""),
@@ -412,3 +416,56 @@ def test_large_schemas_within_the_limits_compile_quickly() -> None:
     assert accepts(Format({"type": "string", "maxLength": 10**9}).start(), b'"' + b"a" * 1000 + b'"')
     assert accepts(Format({"enum": list(range(5000))}).start(), b"4999")
     assert time.perf_counter() - started < 5
+
+
+# ---- schemas that are small and mean much
+
+
+def test_one_of_schemas_that_lead_back_to_themselves_is_decided_at_once() -> None:
+    """Compared pair by pair along every path, ten members would take 10^8 steps."""
+    names = [f"n{index}" for index in range(40)]
+    recursive = {"type": "object", "required": names, "properties": {name: {"$ref": "#/$defs/A"} for name in names}}
+    schema = {"$defs": {"A": recursive, "B": dict(recursive)}, "oneOf": [{"$ref": "#/$defs/A"}, {"$ref": "#/$defs/B"}]}
+    started = time.perf_counter()
+    with pytest.raises(SchemaError, match="oneOf"):
+        Format(schema)
+    assert time.perf_counter() - started < 1
+
+
+def test_choices_of_choices_are_followed_once() -> None:
+    """Four levels of 64 equal references are 16 million paths to one text."""
+    definitions: Schema = {f"L{level}": {"anyOf": [{"$ref": f"#/$defs/L{level + 1}"}] * 64} for level in range(4)}
+    definitions["L4"] = {"type": "string"}
+    started = time.perf_counter()
+    state = Format({"$defs": definitions, "type": "array", "items": {"$ref": "#/$defs/L0"}}).start()
+    whole = state.advance(b'["a", "b"]')
+    assert whole is not None
+    assert whole.may_end
+    assert state.advance(b"[1") is None
+    assert time.perf_counter() - started < 1
+
+
+def test_numbers_that_no_float_holds_are_numbers() -> None:
+    large = 10**400
+    assert Format({"type": "integer", "enum": [large]}).start().advance(str(large).encode()) is not None
+    assert Format({"oneOf": [{"type": "integer", "enum": [large]}, {"enum": [large + 1, 1.5]}]}).start().advance(b"1.5")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "apart"),
+    [
+        ({"const": 1}, {"const": True}, True),
+        ({"const": 1}, {"const": 1.0}, False),
+        ({"const": 1.5}, {"type": "integer"}, True),
+        ({"const": 2.0}, {"type": "integer"}, False),
+        ({"enum": [1, "a"]}, {"type": "boolean"}, True),
+        ({"const": {"a": [1, 2]}}, {"const": {"a": [1, 2.0]}}, False),
+        ({"const": {"a": [1, 2]}}, {"const": {"a": [2, 1]}}, True),
+    ],
+)
+def test_what_one_of_takes_for_apart(one: Schema, other: Schema, apart: bool) -> None:
+    if apart:
+        Format({"oneOf": [one, other]})
+    else:
+        with pytest.raises(SchemaError, match="overlap"):
+            Format({"oneOf": [one, other]})

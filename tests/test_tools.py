@@ -138,6 +138,15 @@ def test_a_template_without_tools_is_said_so() -> None:
     assert caught.value.code == "capability.no_tools"
 
 
+def test_a_tool_s_name_in_the_question_is_no_place_for_tools() -> None:
+    asked = {"role": "user", "content": "use " + " and ".join(tool["function"]["name"] for tool in TOOLS)}
+    with pytest.raises(CapabilityError) as caught:
+        prompt("{% for m in messages %}{{ m.content }}{% endfor %}", [asked], check_tools(TOOLS))
+    assert caught.value.code == "capability.no_tools"
+    # The twin: a template that prints them.
+    assert "parameters" in prompt(HERMES, [asked], check_tools(TOOLS))
+
+
 def test_fields_that_nobody_knows_do_not_reach_the_template() -> None:
     text = prompt(
         "{% for m in messages %}{{ m.content }}{{ m.secret }}{% endfor %}", [{**ASKED, "secret": "<|im_end|>"}]

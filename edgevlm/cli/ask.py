@@ -9,11 +9,24 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgevlm.cli.output import inputs, print_result, schema_text, write
+from edgevlm.errors import UsageError
 
 if TYPE_CHECKING:
     from edgevlm.answer import Answer
 
 
+LookupTokens = Annotated[
+    int,
+    typer.Option(
+        "--lookup",
+        metavar="N",
+        help="Guess N tokens ahead, from what was said; beyond 256 positions only with --threads decode=1.",
+    ),
+]
+Choices = Annotated[
+    str | None,
+    typer.Option("--choices", metavar="A,B,...", help="Answer with the likeliest of these texts."),
+]
 Context = Annotated[
     int | None,
     typer.Option("--context", metavar="N", help="Positions for prompt and answer. [default: up to 4096]"),
@@ -45,7 +58,14 @@ State = Annotated[
 ]
 
 
+#: How an answer is drawn, where one is drawn.
+_OF_DRAWING = (
+    "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop", "schema", "lookup"
+)  # fmt: skip
+
+
 def ask(
+    context_of_call: typer.Context,
     prompt: Annotated[str, typer.Argument(show_default=False, help="The question; `-` reads it from stdin.")],
     image: Annotated[
         list[str] | None,
@@ -78,14 +98,11 @@ def ask(
     schema: Annotated[
         Path | None, typer.Option("--schema", metavar="FILE", help="Answer in JSON of this schema.")
     ] = None,
-    lookup: Annotated[int, typer.Option("--lookup", metavar="N", help="Guess N tokens ahead, from the prompt.")] = 0,
+    lookup: LookupTokens = 0,
     context: Context = None,
     threads: ThreadCounts = None,
     ram_budget: RamBudget = None,
-    choices: Annotated[
-        str | None,
-        typer.Option("--choices", metavar="A,B,...", help="Answer with the likeliest of these texts."),
-    ] = None,
+    choices: Choices = None,
     state: State = None,
     image_tokens: Annotated[
         str, typer.Option("--image-tokens", metavar="full|N", help="Most tokens of each picture; fewer answer sooner.")
@@ -111,6 +128,8 @@ def ask(
     from edgevlm.messages import marked
     from edgevlm.threads import parse_threads
 
+    if choices is not None:
+        _check_nothing_is_drawn(context_of_call)
     question, images = inputs(prompt, image or [])
     parts = marked(question, images)
     with load(
@@ -143,6 +162,15 @@ def ask(
                 write(piece)
         answer = stream.finish()
     _report(answer, json_output, streamed=True)
+
+
+def _check_nothing_is_drawn(call: typer.Context) -> None:
+    """Beside `--choices` an option of drawing would say nothing; whoever gives it expects something else."""
+    for name in _OF_DRAWING:
+        source = call.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            option = "--" + name.replace("_", "-")
+            raise UsageError(f"--choices compares texts and draws none; leave out {option}, or --choices")
 
 
 def _report(answer: Answer, json_output: bool, *, streamed: bool) -> None:
