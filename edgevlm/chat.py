@@ -21,7 +21,8 @@ class Chat:
     """A conversation with a model, made by `Model.chat()`.
 
     Other questions may be asked of the model in between; they only cost the time to read the conversation again. A turn
-    that fails leaves it as it was. One that is left in the middle stays in it, with what had been said.
+    that fails leaves it as it was. One that is left in the middle stays in it, with what had been said. Where a model
+    calls tools, `Model.reply` takes what they answered.
 
     Args:
         model: The model; it must stay open.

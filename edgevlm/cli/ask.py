@@ -48,12 +48,12 @@ RamBudget = Annotated[
     ),
 ]
 State = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--state",
         metavar="FOLDER",
         envvar="EDGEVLM_STATE",
-        help="Keep there what was computed of pictures, for the next time. [default: nothing is kept]",
+        help="Keep there what was computed of pictures, for the next time; empty keeps nothing. [default: nothing]",
     ),
 ]
 
@@ -136,7 +136,7 @@ def ask(
         model,
         context=context,
         threads=parse_threads(threads),
-        state=state,
+        state=state or None,
         ram_budget=ram_budget,
         image_tokens=image_tokens,
     ) as loaded:
