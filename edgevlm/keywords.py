@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from edgevlm.errors import SchemaError
 
 #: Choices within choices and references to references that are followed, without an array or object between.
 LONGEST_CHAIN = 32
+#: Members that are compared for all `oneOf` of a schema together.
+_MOST_COMPARED = 100_000
 BOUNDS = frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"})
 #: Type -> the keywords that go with it.
 OF_TYPE: dict[str, frozenset[str]] = {
@@ -66,36 +69,90 @@ def is_type(kind: str, value: Json) -> bool:
     if isinstance(value, bool) or value is None:
         return kind == ("null" if value is None else "boolean")
     if isinstance(value, (int, float)):
-        return kind == "number" or (kind == "integer" and float(value).is_integer())
+        return kind == "number" or (kind == "integer" and (isinstance(value, int) or value.is_integer()))
     return kind == ("string" if isinstance(value, str) else "object" if isinstance(value, Mapping) else "array")
 
 
-def disjoint(root: Json, one: Json, other: Json, depth: int = 0) -> bool:
-    """Whether no document satisfies both, as far as types, fixed values and fixed members show."""
-    one, other = _target(root, one), _target(root, other)
-    if depth > 8 or not isinstance(one, Mapping) or not isinstance(other, Mapping):
-        return False
-    ones, others = _fixed(one), _fixed(other)
-    if ones is not None and others is not None:
-        return not any(_same(a, b) for a in ones for b in others)
+@dataclass(frozen=True)
+class _Facts:
+    """What a schema says about its documents, without following members.
+
+    Attributes:
+        schema: The schema, references followed; held, so that nothing else gets its id.
+        values: The values that are allowed, if they are listed.
+        kinds: The types that are allowed, where `number` is for numbers that are not whole; None if unknown.
+        members: Schemas of the members that must be there.
+    """
+
+    schema: Json
+    values: frozenset[Any] | None = None
+    kinds: frozenset[str] | None = None
+    members: Mapping[str, Json] = field(default_factory=dict)
+
+
+class Comparison:
+    """Compares the schemas of one root with each other; each of them is read once, each pair compared once."""
+
+    def __init__(self, root: Json) -> None:
+        self._root = root
+        self._facts: dict[int, tuple[Json, _Facts]] = {}
+        self._known: dict[tuple[int, int], bool] = {}
+        self._n_compared = 0
+
+    def disjoint(self, one: Json, other: Json, pointer: str, depth: int = 0) -> bool:
+        """Whether no document satisfies both, as far as types, fixed values and fixed members show.
+
+        Raises:
+            SchemaError: too much would have to be compared; `pointer` is where it was asked.
+        """
+        ones, others = self._of(one), self._of(other)
+        low, high = sorted((id(ones.schema), id(others.schema)))
+        if (low, high) not in self._known:
+            if depth > LONGEST_CHAIN:
+                return False
+            self._known[low, high] = False  # in progress: a pair that leads back to itself may overlap
+            self._known[low, high] = self._apart(ones, others, pointer, depth)
+        return self._known[low, high]
+
+    def _apart(self, one: _Facts, other: _Facts, pointer: str, depth: int) -> bool:
+        if one.values is not None and other.values is not None:
+            return not one.values & other.values
+        if one.kinds is None or other.kinds is None:
+            return False
+        both = one.kinds & other.kinds
+        if both != {"object"} or one.values is not None or other.values is not None:
+            return not both
+        shared = [name for name in one.members if name in other.members]
+        self._n_compared += 1 + len(shared)
+        if self._n_compared > _MOST_COMPARED:
+            refuse(pointer, f"more than {_MOST_COMPARED} members would have to be compared; use `anyOf`")
+        return any(self.disjoint(one.members[name], other.members[name], pointer, depth + 1) for name in shared)
+
+    def _of(self, schema: Json) -> _Facts:
+        if id(schema) not in self._facts:
+            self._facts[id(schema)] = (schema, _read(_target(self._root, schema)))
+        return self._facts[id(schema)][1]
+
+
+def _read(schema: Json) -> _Facts:
+    if not isinstance(schema, Mapping):
+        return _Facts(schema)
+    values = _fixed(schema)
+    if values is not None:
+        kinds = {kind for value in values for kind in OF_TYPE if is_type(kind, value)}
+        if all(is_type("integer", value) for value in values if is_type("number", value)):
+            kinds -= {"number"}
+        return _Facts(schema, frozenset(map(_key, values)), frozenset(kinds))
     try:
-        if ones is not None or others is not None:
-            values, kinds = (ones, types_of(other, "")) if ones is not None else (others, types_of(one, ""))
-            return not any(is_type(kind, value) for kind in kinds for value in values or ())
-        kinds_one, kinds_other = set(types_of(one, "")), set(types_of(other, ""))
+        kinds = set(types_of(schema, ""))
     except SchemaError:
-        return False
-    kinds_one |= {"number"} if "integer" in kinds_one else set()
-    kinds_other |= {"number"} if "integer" in kinds_other else set()
-    both = kinds_one & kinds_other
-    if both != {"object"}:
-        return not both
-    members = [schema.get("properties", {}) for schema in (one, other)]
-    required = [schema.get("required", []) for schema in (one, other)]
-    if not all(isinstance(part, (Mapping, list, tuple)) for part in (*members, *required)):
-        return False
-    shared = [name for name in required[0] if name in required[1] and name in members[0] and name in members[1]]
-    return any(disjoint(root, members[0][name], members[1][name], depth + 1) for name in shared)
+        return _Facts(schema)
+    kinds |= {"integer"} if "number" in kinds else set()
+    members, required = schema.get("properties", {}), schema.get("required", [])
+    if not isinstance(members, Mapping) or not isinstance(required, (list, tuple)):
+        return _Facts(schema)
+    names = dict.fromkeys(name for name in required if isinstance(name, str) and name in members)
+    return _Facts(schema, None, frozenset(kinds), {name: members[name] for name in names})
 
 
 def _target(root: Json, schema: Json) -> Json:
@@ -115,5 +172,10 @@ def _fixed(schema: Schema) -> Sequence[Json] | None:
     return values if isinstance(values, (list, tuple)) else None
 
 
-def _same(one: Json, other: Json) -> bool:
-    return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
+def _key(value: Json) -> Hashable:
+    """Equal for values that JSON Schema calls equal: 1 and 1.0, but not 1 and true."""
+    if isinstance(value, Mapping):
+        return frozenset((name, _key(child)) for name, child in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_key, value))
+    return (value,) if not isinstance(value, bool) else value

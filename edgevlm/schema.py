@@ -16,9 +16,9 @@ from edgevlm.keywords import (
     BOUNDS,
     LONGEST_CHAIN,
     OF_TYPE,
+    Comparison,
     Json,
     Schema,
-    disjoint,
     escaped,
     is_type,
     refuse,
@@ -105,13 +105,14 @@ def _json(value: Json, pointer: str) -> bytes:
     """A value as documents spell it."""
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-    except ValueError as error:  # not a number, half of a surrogate pair, thousands of digits
+    except (ValueError, TypeError) as error:  # NaN, half of a surrogate pair, thousands of digits; a mapping, no dict
         refuse(pointer, f"a {type(value).__name__} cannot be written as JSON ({error})", "schema.invalid")
 
 
 class _Compiler:
     def __init__(self, schema: Json) -> None:
         self._schema = schema
+        self._comparison = Comparison(schema)
         self._nodes: list[automaton.Node] = []
         self._choices: list[tuple[grammar.Choice, str]] = []
         self._targets: dict[str, grammar.Choice] = {}
@@ -224,11 +225,12 @@ class _Compiler:
             refuse(pointer, "a list of schemas is needed", "schema.invalid")
         if len(choices) > _MOST_CHOICES:
             refuse(pointer, f"it has {len(choices)} schemas, at most {_MOST_CHOICES} are followed")
+        nodes = [self._node(choice, f"{pointer}/{index}") for index, choice in enumerate(choices)]
         if "oneOf" in schema:
             for index, one in enumerate(choices):
-                if not all(disjoint(self._schema, one, other) for other in choices[:index]):
-                    refuse(f"{pointer}/{index}", "it may overlap with one before, and `oneOf` wants one; use `anyOf`")
-        nodes = [self._node(choice, f"{pointer}/{index}") for index, choice in enumerate(choices)]
+                where = f"{pointer}/{index}"
+                if not all(self._comparison.disjoint(one, other, where) for other in choices[:index]):
+                    refuse(where, "it may overlap with one before, and `oneOf` wants one; use `anyOf`")
         return self._add(grammar.Choice(nodes), pointer)
 
     def _single(self, schema: Schema, pointer: str) -> automaton.Node:
