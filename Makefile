@@ -10,6 +10,7 @@
 #   make bench-kernels   time the image kernels beside their rivals, and say which goals they reach
 #   make bench-encoder   time the vision encoder beside llama.cpp's, and the products that it is made of
 #   make bench-convert   time a conversion of Llama 3.2's sizes beside llama.cpp's own tools (10 GB of disk)
+#   make bench-runtime LLAMA_BIN=DIR   time the runtime beside llama.cpp's own programs in DIR (docs/benchmarks.md)
 #   make docs     make docs/models.md from the families again
 #   make bundle   convert panel/checkpoint to the built-in bundle again
 #   make clean    remove what was built (`make distclean` removes the virtual environment as well)
@@ -24,8 +25,8 @@ SIMD   := build/bench-simd-venv
 # Through the environment the pins also reach the isolated environments in which packages are built.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: setup build demo test test-here no-arm64 lint bench bench-kernels bench-encoder bench-convert docs bundle
-.PHONY: clean distclean
+.PHONY: setup build demo test test-here no-arm64 lint bench bench-kernels bench-encoder bench-convert bench-runtime
+.PHONY: docs bundle clean distclean
 
 build: $(VENV)/.built
 setup: $(VENV)/.dev
@@ -103,6 +104,11 @@ build/llama.cpp/.unpacked: constraints.txt
 
 bench-convert: $(VENV)/.dev build/llama.cpp/.unpacked
 	$(BIN)/python tests/bench_convert.py llama.cpp=build/llama.cpp/vendor/llama.cpp
+
+bench-runtime: $(VENV)/.dev build/llama.cpp/.unpacked
+	@test -n "$(LLAMA_BIN)" || { echo "LLAMA_BIN=DIR is missing; docs/benchmarks.md says how to build what lies there"; exit 1; }
+	$(BIN)/python tests/bench_runtime.py llama.cpp=build/llama.cpp/vendor/llama.cpp \
+	  llama-bench=$(LLAMA_BIN)/llama-bench mtmd=$(LLAMA_BIN)/llama-mtmd-cli
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m edgevlm.converters.catalog > docs/models.md.new && mv docs/models.md.new docs/models.md

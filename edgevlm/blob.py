@@ -12,12 +12,14 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from edgevlm.errors import EdgeVLMError
+from edgevlm.errors import EdgeVLMError, StorageError
 from edgevlm.files import open_regular
+from edgevlm.state_folder import make_private
 from edgevlm.storage import atomic_write, storage_errors
 
 _MAGIC = b"EVLMBLB1"
@@ -33,19 +35,30 @@ def write_blob(path: Path, header: dict[str, Any], payload: bytes | memoryview) 
         StorageError: the disk is full, the folder cannot be written, and so on; nothing is left behind.
     """
     text = json.dumps(header, sort_keys=True).encode()
-    body = b"".join((_MAGIC, len(text).to_bytes(4, "little"), text, payload))
-    atomic_write(path, body + hashlib.blake2b(body, digest_size=_DIGEST_BYTES).digest(), mode=0o600)
+    if len(text) > _HEADER_LIMIT_BYTES:
+        raise ValueError(f"a header of {len(text)} bytes would not be read back")
+    parts = [_MAGIC, len(text).to_bytes(4, "little"), text, payload]
+    digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+    for part in parts:
+        digest.update(part)
+    atomic_write(path, *parts, digest.digest(), mode=0o600)
 
 
-def read_blob(path: Path, identity: dict[str, Any]) -> tuple[dict[str, Any], memoryview] | None:
+def read_blob(
+    path: Path, identity: dict[str, Any], *, limit_bytes: int = 1 << 32
+) -> tuple[dict[str, Any], memoryview] | None:
     """The header and payload of a file that is whole and whose header holds all of `identity`; else None.
+
+    A file of more than `limit_bytes` is not looked at.
 
     The payload is a view of memory that nobody else holds.
     """
     try:
         with open_regular(path) as (file, size):
+            if size > limit_bytes:
+                return None
             data = file.read(size + 1)
-    except (EdgeVLMError, OSError, ValueError):
+    except (EdgeVLMError, OSError, ValueError, MemoryError):
         return None
     body = memoryview(data)[:-_DIGEST_BYTES]
     if bytes(body[:8]) != _MAGIC or len(body) < 12:
@@ -62,6 +75,10 @@ def read_blob(path: Path, identity: dict[str, Any]) -> tuple[dict[str, Any], mem
     if not isinstance(header, dict) or any(header.get(name) != value for name, value in identity.items()):
         return None
     return header, body[12 + n_header :]
+
+
+#: How often, and after how long each time, a shelf that somebody else writes to is tried again.
+_LOCK_TRIES, _LOCK_WAIT_S = 20, 0.05
 
 
 class Shelf:
@@ -85,8 +102,7 @@ class Shelf:
         needed = len(payload) + _HEADER_LIMIT_BYTES
         if needed > self.limit_bytes:
             return
-        with storage_errors(self.folder):
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(self.folder)
         with self._alone():
             self._make_room(needed)
             write_blob(self.folder / name, header, payload)
@@ -94,7 +110,7 @@ class Shelf:
     def get(self, name: str, identity: dict[str, Any]) -> tuple[dict[str, Any], memoryview] | None:
         """A blob that is whole and belongs to `identity`. What is found but cannot be used is removed."""
         path = self.folder / name
-        found = read_blob(path, identity)
+        found = read_blob(path, identity, limit_bytes=self.limit_bytes)
         with contextlib.suppress(OSError):
             if found is None:
                 path.unlink(missing_ok=True)
@@ -108,14 +124,24 @@ class Shelf:
         with storage_errors(self.folder):
             lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            with storage_errors(self.folder):
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            self._wait_for(lock)
             for path in self.folder.glob(".*.tmp"):
                 with contextlib.suppress(OSError):
                     path.unlink()
             yield
         finally:
             os.close(lock)
+
+    def _wait_for(self, lock: int) -> None:
+        """Whoever writes takes milliseconds; one that was stopped while it wrote must not stop the others."""
+        for _ in range(_LOCK_TRIES):
+            try:
+                return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(_LOCK_WAIT_S)
+        raise StorageError(
+            f"{self.folder} is being written by another process that does not end", code="storage.failed"
+        )
 
     def entries(self) -> list[tuple[Path, int, float]]:
         """(path, bytes, last use as seconds since 1970) of each file, the longest unused first."""

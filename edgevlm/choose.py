@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from edgevlm.decoder import Decoder
-from edgevlm.errors import UsageError
+from edgevlm.errors import BackendError, UsageError
+from edgevlm.options import shown
 from edgevlm.prompt import check_unicode
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ def check_choices(choices: Sequence[str]) -> tuple[str, ...]:
     Raises:
         UsageError: fewer than two, or too many, or one that is empty, no text, or there twice.
     """
-    if isinstance(choices, str) or not all(isinstance(choice, str) for choice in choices):
-        raise UsageError("choices must be a list of texts")
+    if not isinstance(choices, (list, tuple)) or not all(isinstance(choice, str) for choice in choices):
+        raise UsageError(f"choices must be a list of texts, found {shown(choices)}")
     stripped = tuple(choice.strip() for choice in choices)
     if not 2 <= len(stripped) <= _MOST_CHOICES or "" in stripped or len(set(stripped)) != len(stripped):
         raise UsageError(
@@ -44,6 +45,7 @@ def probabilities(decoder: Decoder, choices: Sequence[str]) -> dict[str, float]:
 
     Raises:
         ContextError: a choice does not fit behind the prompt.
+        BackendError: the logits are not numbers.
     """
     import numpy as np
 
@@ -53,6 +55,8 @@ def probabilities(decoder: Decoder, choices: Sequence[str]) -> dict[str, float]:
         ways = {tuple(decoder.vocabulary.tokenize(text, False, False)) for text in (choice, f" {choice}")}
         likelihoods.append(np.logaddexp.reduce([_likelihood(decoder, first_V, way) for way in sorted(ways)]))
         decoder.truncate(n_prompt)
+    if not any(map(math.isfinite, likelihoods)):
+        raise BackendError("the model computed numbers that are not finite; its file is damaged", code="backend.failed")
     weights = np.exp(np.array(likelihoods) - max(likelihoods))
     return dict(zip(choices, (float(weight) for weight in weights / weights.sum()), strict=True))
 
@@ -77,6 +81,8 @@ def _likelihood(decoder: Decoder, first_V: NDArray[np.float64], tokens: tuple[in
 def _log_softmax(logits_V: NDArray[np.float32]) -> NDArray[np.float64]:
     import numpy as np
 
+    if not np.isfinite(logits_V).any() or np.isnan(logits_V).any():
+        return np.full(logits_V.shape, -np.inf)
     shifted_V = logits_V.astype(np.float64) - logits_V.max()
     result_V: NDArray[np.float64] = shifted_V - np.log(np.exp(shifted_V).sum())
     return result_V

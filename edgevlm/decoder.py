@@ -7,19 +7,19 @@ range (`llama-context.cpp`, `llama-batch.cpp`), so each of these is checked here
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edgevlm.errors import BackendError, Cancelled, ContextError, UsageError
 from edgevlm.gguf import GGUFHeader, read_header
 from edgevlm.held import ALONE_DIFFERS, N_TOKENS, batches, drawn, shared
 from edgevlm.llama import clear_log, last_log, library
-from edgevlm.native import ContextOptions, KVType, Native
-from edgevlm.options import shown
+from edgevlm.native import ContextOptions, KVType, Native, context_size
 from edgevlm.splice import ImageSegment, Position, Segment, TextSegment
 from edgevlm.threads import Threads, ThreadsLike, resolve_threads
 from edgevlm.vocabulary import Vocabulary
@@ -30,10 +30,6 @@ if TYPE_CHECKING:
 
 #: Positions decoded in one call, if nothing else was asked for: the size of llama.cpp's compute buffers.
 _N_BATCH = 512
-#: Without `context`, this many positions are reserved (or as many as the model was trained for, if fewer).
-_DEFAULT_CONTEXT = 4096
-#: The most that can be asked for: llama.cpp rounds up to 256 in 32 bits and would wrap near 2^32.
-_MAX_CONTEXT = 1 << 24
 
 
 class Decoder:
@@ -77,8 +73,11 @@ class Decoder:
         self.vocabulary = Vocabulary(self._llama, self._native.model, self.header, self.check_open)
         self.n_vocab = self.vocabulary.n_vocab
         self.n_embd = self._llama.llama_model_n_embd_inp(self._native.model)
-        #: Without flash attention batches of any size are alike, except for single rows.
+        #: Without flash attention batches of any size are alike.
         self._exact = kv_type == "f32"
+        #: But single rows are not; nor are they where weights are floating-point numbers, which have a kernel of their
+        #: own for a single row.
+        self._alone_always = self._exact or self.header.has_float_matrices
         self._batch = batch
         self._n_tokens = batch if self._exact else min(batch, N_TOKENS)
         self.n_scored = min(scored, self._n_tokens)
@@ -96,6 +95,8 @@ class Decoder:
         #: Counts resets: whoever holds an older number is reading a context that is not theirs any more.
         self.epoch = 0
         self._has_logits = False
+        #: Whether native code was left before what it did was noted (Ctrl-C): nothing that the context holds is known.
+        self._unknown = False
 
     @property
     def n_past(self) -> int:
@@ -106,7 +107,8 @@ class Decoder:
         """Free the native memory, after a decode that another thread may be in. Every later call raises; closing twice
         is harmless."""
         with self._busy:
-            self._native.close()
+            if not _exiting.is_set():
+                self._native.close()
 
     def check_open(self) -> None:
         """Native functions would read freed memory after `close`.
@@ -143,12 +145,12 @@ class Decoder:
 
     def reset(self) -> None:
         """Forget everything that was decoded."""
-        self.check_open()
-        # False: old cells are unreachable once their metadata is gone; clearing the data would touch all of it.
-        self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), False)
-        self.held.clear()
+        with self._native_call() as llama:
+            # False: old cells are unreachable once their metadata is gone; clearing the data would touch all of it.
+            llama.llama_memory_clear(llama.llama_get_memory(self._context), False)
+            self.held.clear()
+            self._unknown = self._has_logits = False
         self.epoch += 1
-        self._has_logits = False
 
     def truncate(self, n_positions: int) -> None:
         """Forget all but the first `n_positions`; more than the context holds changes nothing.
@@ -158,14 +160,33 @@ class Decoder:
         self.check_open()
         if n_positions >= self.n_past:
             return
-        memory = self._llama.llama_get_memory(self._context)
-        with self._busy:
-            removed = n_positions > 0 and self._llama.llama_memory_seq_rm(memory, 0, n_positions, -1)
+        with self._native_call() as llama:
+            memory = llama.llama_get_memory(self._context)
+            removed = n_positions > 0 and llama.llama_memory_seq_rm(memory, 0, n_positions, -1)
+            if removed:
+                del self.held[n_positions:]
+                self._has_logits = False
         if not removed:
             self.reset()
-            return
-        del self.held[n_positions:]
-        self._has_logits = False
+
+    @contextlib.contextmanager
+    def _native_call(self) -> Iterator[Any]:
+        """The C functions, while nobody else uses or closes the context.
+
+        An exception within, Ctrl-C above all, may come after the context has changed and before that was noted.
+
+        Raises:
+            UsageError: the decoder is closed, or the program is ending.
+        """
+        with self._busy:
+            if _exiting.is_set():
+                raise UsageError("the program is ending; nothing more can be asked")
+            self.check_open()
+            try:
+                yield self._llama
+            except BaseException:
+                self._unknown = True
+                raise
 
     def begin(self, positions: Sequence[Position]) -> int:
         """Keep what the context holds of a new prompt, forget the rest: whoever used the context has lost it.
@@ -177,8 +198,9 @@ class Decoder:
             How many of its first positions need not be decoded again: never all of them, because the last one's logits
             are needed; and not so many that one token is left of several.
         """
-        kept = shared(self.held, positions)
-        self.truncate(kept)
+        if self._unknown:
+            self.reset()
+        self.truncate(shared(self.held, positions))
         self.epoch += 1
         return self.n_past
 
@@ -214,16 +236,15 @@ class Decoder:
             elif isinstance(segment, ImageSegment):
                 self._decode_rows(segment, want_logits=number == last)
 
-    def state(self) -> bytes:
+    def state(self) -> memoryview:
         """What the context holds, as bytes that `restore` takes; there are no logits in it."""
-        self.check_open()
-        with self._busy:
-            size = self._llama.llama_state_seq_get_size(self._context, 0)
+        with self._native_call() as llama:
+            size = llama.llama_state_seq_get_size(self._context, 0)
             buffer = (ctypes.c_uint8 * size)()
-            written = self._llama.llama_state_seq_get_data(self._context, buffer, size, 0)
+            written = llama.llama_state_seq_get_data(self._context, buffer, size, 0)
         if written != size:
             raise BackendError(f"llama.cpp gave {written} of {size} bytes of its state", code="backend.failed")
-        return bytes(buffer)
+        return memoryview(buffer).cast("B")
 
     def restore(self, state: bytes | memoryview, held: Sequence[Position]) -> bool:
         """Replace what the context holds by what `state` returned when it held these positions.
@@ -237,14 +258,14 @@ class Decoder:
         view = np.frombuffer(state, np.uint8)
         pointer = view.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         clear_log()
-        with self._busy:
-            read = self._llama.llama_state_seq_set_data(self._context, pointer, len(view), 0)
-            last = self._llama.llama_memory_seq_pos_max(self._llama.llama_get_memory(self._context), 0)
-        if read != len(view) or last != len(held) - 1:
+        with self._native_call() as llama:
+            read = llama.llama_state_seq_set_data(self._context, pointer, len(view), 0)
+            last = llama.llama_memory_seq_pos_max(llama.llama_get_memory(self._context), 0)
+            restored: bool = read == len(view) and last == len(held) - 1
+            self.held[:] = held if restored else ()
+        if not restored:
             self.reset()
-            return False
-        self.held[:] = held
-        return True
+        return restored
 
     def score(self, tokens: tuple[int, ...]) -> NDArray[np.float32]:
         """Decode tokens after what the context holds already, and read the logits of each.
@@ -253,7 +274,7 @@ class Decoder:
             tokens: At least one, at most `n_scored`.
 
         Returns:
-            float32 [len(tokens), n_vocab]: a view that lasts until the next decode or `close`.
+            float32 [len(tokens), n_vocab].
 
         Raises:
             ContextError: they do not fit; nothing was decoded.
@@ -266,7 +287,9 @@ class Decoder:
         self.check_open()
         self._check_room(len(tokens))
         self._decode_tokens(tokens, want_logits=True, of_each=True)
-        return np.ctypeslib.as_array(self._llama.llama_get_logits(self._context), shape=(len(tokens), self.n_vocab))
+        with self._native_call() as llama:
+            pointer = llama.llama_get_logits(self._context)
+            return np.ctypeslib.as_array(pointer, shape=(len(tokens), self.n_vocab)).copy()
 
     def step(self, token: int) -> None:
         """Decode one token after what the context holds already.
@@ -280,22 +303,22 @@ class Decoder:
 
     def alone_differs(self, n_positions: int) -> bool:
         """Whether the last of so many positions may have other bits decoded as a single row than in a batch."""
-        one_thread = self._llama.llama_n_threads(self._context) == 1
-        return self._exact or (n_positions > ALONE_DIFFERS and not one_thread)
+        return self._alone_always or (n_positions > ALONE_DIFFERS and self.threads.decode > 1)
 
     def logits(self) -> NDArray[np.float32]:
-        """Logits of the last decoded position, float32 [n_vocab]: a view that lasts until the next decode or `close`.
+        """Logits of the last decoded position, float32 [n_vocab].
 
         Raises:
             BackendError: nothing was decoded since the last reset.
         """
         import numpy as np
 
-        self.check_open()
-        pointer = self._llama.llama_get_logits_ith(self._context, -1) if self._has_logits else None
-        if not pointer:
-            raise BackendError("there are no logits to read; decode something first", code="backend.failed")
-        return np.ctypeslib.as_array(pointer, shape=(self.n_vocab,))
+        with self._native_call() as llama:
+            pointer = llama.llama_get_logits_ith(self._context, -1) if self._has_logits else None
+            if pointer:
+                # A copy, half a megabyte at most: a view would outlive the memory if another thread closed the model.
+                return np.ctypeslib.as_array(pointer, shape=(self.n_vocab,)).copy()
+        raise BackendError("there are no logits to read; decode something first", code="backend.failed")
 
     def _decode_tokens(self, tokens: tuple[int, ...], *, want_logits: bool, of_each: bool = False) -> None:
         if not all(0 <= token < self.n_vocab for token in tokens):
@@ -344,9 +367,13 @@ class Decoder:
             clear_log()
             if self.cancelled.is_set():
                 raise Cancelled
-            with self._busy:
-                self.check_open()
+            with self._native_call():
+                if self._unknown:
+                    raise BackendError("reading was interrupted; ask again", code="backend.failed")
                 status = llama.llama_decode(self._context, batch)
+                if not status:
+                    self.held.extend(positions[start : start + count])
+                    self._has_logits = want_logits
             if status:
                 # Part of the segment may be in the context already: nothing in it can be relied on.
                 self.reset()
@@ -354,31 +381,19 @@ class Decoder:
                     f"llama.cpp failed to decode {count} positions (status {status}): {last_log()}",
                     code="backend.failed",
                 )
-            self.held.extend(positions[start : start + count])
-        self._has_logits = want_logits
-
-
-def context_size(header: GGUFHeader, context: int | None) -> int:
-    """Positions to reserve for a model.
-
-    Raises:
-        UsageError: `context` is not between 1 and what the model was trained for.
-    """
-    trained = header.context_length
-    if context is None:
-        return min(_DEFAULT_CONTEXT, trained)
-    if type(context) is not int or not 1 <= context <= min(trained, _MAX_CONTEXT):
-        raise UsageError(
-            f"context must be between 1 and {trained}, what the model was trained for; found {shown(context)}"
-        )
-    return context
 
 
 _decoders: weakref.WeakSet[Decoder] = weakref.WeakSet()
 
 
+#: Set when the interpreter exits: native objects are neither used nor freed from then on.
+_exiting = threading.Event()
+
+
 @atexit.register
 def _wait_for_native_code() -> None:
     """Let running decodes end and no new one begin: exiting tears the native libraries down under other threads."""
+    _exiting.set()
     for decoder in list(_decoders):
-        decoder._busy.acquire()
+        with decoder._busy:
+            pass

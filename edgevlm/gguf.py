@@ -79,6 +79,13 @@ class GGUFHeader:
     def context_length(self) -> int:
         return int(self.metadata["llama.context_length"])
 
+    @property
+    def has_float_matrices(self) -> bool:
+        """Whether a matrix is stored as F32, F16 or BF16; norms and biases always are."""
+        return any(
+            tensor.type_id in (0, 1, 30) and sum(size > 1 for size in tensor.shape) > 1 for tensor in self.tensors
+        )
+
     def token(self, role: str) -> str:
         """Text of the token with a role, such as `bos` or `eos`; empty if the file names none."""
         index = self.metadata.get(f"tokenizer.ggml.{role}_token_id")
@@ -168,6 +175,35 @@ class _Cursor:
         # Token texts need not be valid UTF-8 (SentencePiece byte pieces); surrogateescape keeps them distinct.
         return self.raw(length).decode("utf-8", "surrogateescape")
 
+    def strings(self, count: int, *, keep: bool) -> list[str] | None:
+        """The next `count` strings, or None if they are only walked.
+
+        Whatever lies in the window is read in a loop of its own: a vocabulary has several 100,000 strings, and to call
+        `string` for each took longer than all else that loading a model does.
+        """
+        found: list[str] = []
+        length_of = struct.Struct("<Q").unpack_from
+        left = count
+        while left:
+            window, start = self._window, self.position - self._base
+            n_window = len(window)
+            while left and start + 8 <= n_window:
+                (length,) = length_of(window, start)
+                end = start + 8 + length
+                if end > n_window or length > _STRING_LIMIT_BYTES:
+                    break
+                if keep:
+                    found.append(window[start + 8 : end].decode("utf-8", "surrogateescape"))
+                start, left = end, left - 1
+            self.position = self._base + start
+            self.skip(0)  # the limits
+            if left and keep:  # beyond the window, or too long
+                found.append(self.string())
+            elif left:
+                self.skip(self.string_length())
+            left -= bool(left)
+        return found if keep else None
+
 
 def _parse(cursor: _Cursor) -> GGUFHeader:
     if cursor.size < 24 or cursor.raw(4) != b"GGUF":
@@ -217,11 +253,7 @@ def _value(cursor: _Cursor, key: str, kind: int) -> Any:
         cursor.fail(f"{key} is an array of type {item}; only numbers and strings are allowed")
     if count > _STRINGS_LIMIT:
         cursor.fail(f"{key} has {count} strings, at most {_STRINGS_LIMIT} are allowed")
-    if key in cursor.kept_arrays:
-        return [cursor.string() for _ in range(count)]
-    for _ in range(count):
-        cursor.skip(cursor.string_length())
-    return None
+    return cursor.strings(count, keep=key in cursor.kept_arrays)
 
 
 def _tensor(cursor: _Cursor) -> TensorInfo:

@@ -95,19 +95,21 @@ def _check_heads(metadata: dict[str, Any]) -> Problem | None:
 
 def _check_vocabulary(metadata: dict[str, Any]) -> Problem | None:
     tokens = metadata["tokenizer.ggml.tokens"]
-    if not all(isinstance(token, str) for token in tokens):
+    if set(map(type, tokens)) != {str}:
         return Problem("tokenizer.ggml.tokens must hold texts")
     # llama.cpp keeps C strings: tokens that agree up to a NUL count as duplicates, and duplicates abort.
-    if len({token.split("\0", 1)[0] for token in tokens}) != len(tokens) or "" in tokens:
+    known = set(tokens)
+    seen = {token.split("\0", 1)[0] for token in tokens} if "\0" in "".join(tokens) else known
+    if len(seen) != len(tokens) or "" in known:
         return Problem("tokenizer.ggml.tokens has an empty token or one that appears twice")
-    if metadata["tokenizer.ggml.model"] == "llama" and not {f"<0x{byte:02X}>" for byte in range(256)} <= set(tokens):
+    if metadata["tokenizer.ggml.model"] == "llama" and not {f"<0x{byte:02X}>" for byte in range(256)} <= known:
         return Problem("tokenizer.ggml.tokens lacks some of the byte tokens <0x00> to <0xFF> of a `llama` vocabulary")
     for key in ("tokenizer.ggml.token_type", "tokenizer.ggml.scores"):
         values = metadata.get(key)
         if values is not None and (not isinstance(values, tuple) or len(values) != len(tokens)):
             return Problem(f"{key} must have {len(tokens)} numbers, one for each token")
     types = metadata.get("tokenizer.ggml.token_type", ())
-    if any(type(kind) is not int or not 0 <= kind <= 6 for kind in types):
+    if not set(map(type, types)) <= {int} or not set(types) <= set(range(7)):
         return Problem("tokenizer.ggml.token_type must hold whole numbers between 0 and 6")
     if not all(map(math.isfinite, metadata.get("tokenizer.ggml.scores", ()))):
         return Problem("tokenizer.ggml.scores must be finite")

@@ -37,7 +37,7 @@ class Kept:
     """
 
     def __init__(self, folder: str | os.PathLike[str], limit_bytes: int | None = None) -> None:
-        path = Path(folder).expanduser()
+        path = Path(os.path.expanduser(folder))
         self.shelf = Shelf(path / "kept", _default_limit(path) if limit_bytes is None else limit_bytes)
         #: What went wrong since the last `take_warnings`.
         self._warnings: list[str] = []
@@ -69,29 +69,33 @@ class Kept:
         found = self.shelf.get(_state_name(identity, held), _state_header(identity, held))
         return found[1] if found else None
 
-    def put_state(self, identity: dict[str, Any], held: Sequence[Position], state: bytes) -> None:
+    def put_state(self, identity: dict[str, Any], held: Sequence[Position], state: memoryview) -> None:
         name = _state_name(identity, held)
-        if not (self.shelf.folder / name).exists():
+        if not os.path.exists(self.shelf.folder / name):
             self._put(name, _state_header(identity, held), state)
 
     def _put(self, name: str, header: dict[str, Any], payload: bytes | memoryview) -> None:
         try:
             self.shelf.put(name, header, payload)
-        except StorageError as error:
+        except (StorageError, OSError, ValueError) as error:  # ValueError: a NUL in the folder's name
             self._warnings.append(f"nothing is kept for the next time: {error}")
 
 
 def _state_header(identity: dict[str, Any], held: Sequence[Position]) -> dict[str, Any]:
-    return {"kind": "state", "identity": identity, "held": [list(p) if isinstance(p, tuple) else p for p in held]}
+    """The positions only as a digest: a system message is among them, and nobody has to read it from a cache."""
+    return {"kind": "state", "identity": identity, "positions": len(held), "held": _digest(list(held))}
 
 
 def _state_name(identity: dict[str, Any], held: Sequence[Position]) -> str:
-    text = json.dumps(_state_header(identity, held), sort_keys=True)
-    return f"{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}.state"
+    return f"{_digest([identity, list(held)])}.state"
+
+
+def _digest(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _default_limit(folder: Path) -> int:
     try:
         return min(_LIMIT_BYTES, free_bytes(folder) // _FREE_PART)
-    except OSError:
+    except (OSError, ValueError):
         return _LIMIT_BYTES

@@ -7,21 +7,21 @@ import importlib.metadata
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from edgevlm.budget import Budget, parse_budget
 from edgevlm.bundle import BUILTIN, Bundle, Manifest, open_bundle, read_manifest
-from edgevlm.decoder import Decoder, context_size
+from edgevlm.decoder import Decoder
 from edgevlm.encoder import Encoder
-from edgevlm.errors import BundleError, FileError
+from edgevlm.errors import BundleError, FileError, UsageError
 from edgevlm.footprint import Settings, resident
 from edgevlm.gguf import read_header
 from edgevlm.kept import Kept
 from edgevlm.llama import cpu_features
 from edgevlm.machine import available_bytes, cpu_name
 from edgevlm.memory import Files, MemoryPlan, holds_scores, parse_size, plan_memory
-from edgevlm.native import KVType
-from edgevlm.options import MOST_LOOKUP
+from edgevlm.native import KVType, context_size
+from edgevlm.options import MOST_LOOKUP, shown
 from edgevlm.pipeline import Model
 from edgevlm.threads import Threads, ThreadsLike, resolve_threads
 from edgevlm.tuning import identity, recall
@@ -67,6 +67,11 @@ def load(
         with edgevlm.load() as model:
             print(model.ask("What does the display read?", images=["panel.jpg"]).text)
     """
+    for name, value in (("model", model), ("state", state)):
+        if value is not None and not isinstance(value, (str, os.PathLike)):
+            raise UsageError(f"{name} must be a path, found {shown(value)}")
+    if kv_type not in get_args(KVType):
+        raise UsageError(f"kv_type must be one of {', '.join(get_args(KVType))}, found {shown(kv_type)}")
     resolve_threads(threads)  # a count that cannot be is refused before anything is read
     nbytes, budget = parse_size(ram_budget), parse_budget(image_tokens)
     started = time.perf_counter()

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgevlm.errors import UsageError
+from edgevlm.options import shown
 from edgevlm.prompt import Message
 from edgevlm.tools import check_calls
 
@@ -85,8 +86,8 @@ def conversation(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     checked = []
     for number, message in enumerate(messages):
         role = message.get("role") if isinstance(message, Mapping) else None
-        if role not in ROLES:
-            raise UsageError(f"message {number}: role must be one of {', '.join(ROLES)}, found {role!r:.40}")
+        if not isinstance(role, str) or role not in ROLES:
+            raise UsageError(f"message {number}: role must be one of {', '.join(ROLES)}, found {shown(role)}")
         content = message.get("content")
         if isinstance(content, (list, tuple)):
             content = [*map(_part, content)]
@@ -143,7 +144,7 @@ def _part(part: Any) -> dict[str, Any]:
     if kind == "image_url":
         url = part.get("image_url")
         return _picture(_data_url(url.get("url") if isinstance(url, Mapping) else url))
-    raise UsageError(f"a part of a message must be text, image or image_url, found {kind!r:.40}")
+    raise UsageError(f"a part of a message must be text, image or image_url, found {shown(kind)}")
 
 
 def _picture(image: Any) -> dict[str, Any]:
@@ -155,7 +156,7 @@ def _data_url(url: Any) -> bytes:
     head, comma, text = url.partition(",") if isinstance(url, str) else ("", "", "")
     if not head.startswith("data:image/") or not head.endswith(";base64") or not comma:
         raise UsageError(
-            f"image_url must be data:image/...;base64,..., found {str(url)[:40]!r}; nothing is fetched from anywhere"
+            f"image_url must be data:image/...;base64,..., found {shown(url)}; nothing is fetched from anywhere"
         )
     try:
         return base64.b64decode(text, validate=True)

@@ -16,11 +16,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from edgevlm.errors import BackendError
+from edgevlm.errors import BackendError, UsageError
+from edgevlm.gguf import GGUFHeader
 from edgevlm.llama import clear_log, last_log
+from edgevlm.options import shown
 from edgevlm.threads import Threads
 
 KVType = Literal["f16", "f32"]
+#: Without `context`, this many positions are reserved (or as many as the model was trained for, if fewer).
+_DEFAULT_CONTEXT = 4096
+#: The most that can be asked for: llama.cpp rounds up to 256 in 32 bits and would wrap near 2^32.
+_MAX_CONTEXT = 1 << 24
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) r--[ps] [0-9a-f]+ [0-9a-f:]+ \d+ +(/.*)")
 
 
@@ -139,6 +145,22 @@ class Native:
                 code="backend.load",
             )
         return context
+
+
+def context_size(header: GGUFHeader, context: int | None) -> int:
+    """Positions to reserve for a model.
+
+    Raises:
+        UsageError: `context` is not between 1 and what the model was trained for.
+    """
+    trained = header.context_length
+    if context is None:
+        return min(_DEFAULT_CONTEXT, trained)
+    if type(context) is not int or not 1 <= context <= min(trained, _MAX_CONTEXT):
+        raise UsageError(
+            f"context must be between 1 and {trained}, what the model was trained for; found {shown(context)}"
+        )
+    return context
 
 
 def drop_pages(path: Path) -> None:

@@ -65,30 +65,34 @@ class GenerateOptions:
     def __post_init__(self) -> None:
         put = functools.partial(object.__setattr__, self)  # frozen for everybody else
         if self.max_tokens is not None:
-            put("max_tokens", _whole("max_tokens", self.max_tokens, 1, 1 << 24))
+            put("max_tokens", whole("max_tokens", self.max_tokens, 1, 1 << 24))
         put("temperature", _number("temperature", self.temperature, 0, 10))
-        put("top_k", _whole("top_k", self.top_k, 0, 1 << 24))
+        put("top_k", whole("top_k", self.top_k, 0, 1 << 24))
         put("top_p", _number("top_p", self.top_p, 0, 1))
         _check(self.top_p > 0, "top_p", "above 0 and at most 1", self.top_p)
         put("min_p", _number("min_p", self.min_p, 0, 1))
         put("repetition_penalty", _number("repetition_penalty", self.repetition_penalty, 0.1, 10))
         if self.logprobs is not None:
-            put("logprobs", _whole("logprobs", self.logprobs, 0, 20))
+            put("logprobs", whole("logprobs", self.logprobs, 0, 20))
         if self.seed is not None:
-            put("seed", _whole("seed", self.seed, 0, (1 << 63) - 1))
+            put("seed", whole("seed", self.seed, 0, (1 << 63) - 1))
         stops = self.stop
         _check(isinstance(stops, Sequence) and not isinstance(stops, (str, bytes)), "stop", "a list of texts", stops)
         _check(all(isinstance(stop, str) and stop for stop in stops), "stop", "a list of texts, none empty", stops)
         put("stop", tuple(stops))
-        put("lookup", _whole("lookup", self.lookup, 0, MOST_LOOKUP))
+        put("lookup", whole("lookup", self.lookup, 0, MOST_LOOKUP))
         put("tools", check_tools(self.tools) if self.tools else ())
         if self.schema is not None:
             _check(not stops, "stop", "empty beside schema, which says itself where the answer ends", stops)
             put("format", Format(self.schema))
 
 
-def _whole(name: str, value: object, low: int, high: int) -> int:
-    """`value` as an int; whole numbers of other libraries, such as numpy's, are welcome, truth values are not."""
+def whole(name: str, value: object, low: int, high: int) -> int:
+    """`value` as an int; whole numbers of other libraries, such as numpy's, are welcome, truth values are not.
+
+    Raises:
+        UsageError: it is none, or outside its range.
+    """
     try:
         number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:

@@ -17,7 +17,7 @@ from edgevlm.errors import Cancelled, UsageError
 from edgevlm.generate import Generation
 from edgevlm.kept import Kept
 from edgevlm.machine import peak_rss_bytes
-from edgevlm.options import GenerateOptions
+from edgevlm.options import GenerateOptions, whole
 from edgevlm.prompt import Message, prompt_format
 from edgevlm.reading import Prompt, Reader
 from edgevlm.spec import ModelSpec, PromptSpec
@@ -194,6 +194,7 @@ class Model:
         from edgevlm import tuning
 
         self._decoder.check_open()
+        rounds = whole("rounds", rounds, 1, 1000)
         return tuning.tune_and_keep(self._decoder, self._vision, self.tuning_identity, rounds=rounds)
 
     def preprocess(self, image: ImageSource) -> NDArray[np.float32] | list[NDArray[np.float32]]:
@@ -236,7 +237,7 @@ class Model:
             prompt = self._reader.read(messages, options.tools)
         except Cancelled:
             read = Prompt(Timings(), self._decoder.n_past, 0, 0, None)
-            return self._answer(read, "", "cancelled", completion_tokens=0)
+            return self._answer(read, "", "cancelled", completion_tokens=0, dropped_turns=dropped_turns)
         finally:
             self._decoder.cancelled = threading.Event()
         generation = Generation(self._decoder, options, cancelled)

@@ -175,6 +175,18 @@ def check_unicode(name: str, text: str) -> None:
         raise UsageError(f"{name} is not valid Unicode (it holds half of a surrogate pair)") from None
 
 
+@functools.lru_cache(maxsize=8)
+def _literals(
+    control_tokens: tuple[str, ...], image_token: str | None
+) -> tuple[list[str], dict[str, int], re.Pattern[str] | None]:
+    """What to hide, its numbers, and a pattern of all: compiling Llama 3's 256 takes longer than a short turn."""
+    found = {*control_tokens, *([image_token] if image_token else [])} - {""}
+    # Longest first, so that a literal never hides a longer one that begins alike.
+    literals = sorted(found, key=lambda text: (-len(text), text))
+    numbers = {text: number for number, text in enumerate(literals)}
+    return literals, numbers, re.compile("|".join(map(re.escape, literals))) if literals else None
+
+
 class _Shield:
     """Hides control-token literals of user text from the template and from the tokenizer.
 
@@ -185,11 +197,7 @@ class _Shield:
     def __init__(self, form: PromptFormat) -> None:
         self._image_token = form.image_token
         self._nonce = secrets.token_hex(8)
-        literals = {*form.control_tokens, *([form.image_token] if form.image_token else [])} - {""}
-        # Longest first, so that a literal never hides a longer one that begins alike.
-        self._literals = sorted(literals, key=lambda text: (-len(text), text))
-        self._pattern = re.compile("|".join(map(re.escape, self._literals))) if literals else None
-        self._marks = {text: f"\0{self._nonce}{number}\0" for number, text in enumerate(self._literals)}
+        self._literals, self._numbers, self._pattern = _literals(form.control_tokens, form.image_token)
 
     def message(self, message: Message) -> Message:
         content = message["content"]
@@ -215,7 +223,10 @@ class _Shield:
 
     def _hide(self, text: str) -> str:
         check_unicode("the prompt", text)
-        return self._pattern.sub(lambda match: self._marks[match.group()], text) if self._pattern else text
+        return self._pattern.sub(self._mark, text) if self._pattern else text
+
+    def _mark(self, literal: re.Match[str]) -> str:
+        return f"\0{self._nonce}{self._numbers[literal.group()]}\0"
 
     def split(self, rendered: str) -> list[Piece]:
         # A template that prints JSON escapes the NUL, and that of JSON within JSON once more.

@@ -27,7 +27,7 @@ class Prompt:
     n_positions: int
     n_image_rows: int
     cached: int
-    state: tuple[list[Position], bytes] | None
+    state: tuple[list[Position], memoryview] | None
 
 
 class Reader:
@@ -65,13 +65,22 @@ class Reader:
         # Counted before anything is encoded: a prompt that does not fit costs next to nothing.
         segments = self.plan(messages, [picture.layout for picture in pictures], tools)
         self.check_room(segments)
-        cached, state = self._prefill(segments, pictures, timings)
+        n_shared = _end_of_images(segments, _n_opening(messages)) if self._kept and self._identity else 0
+        cached, state = self._prefill(segments, pictures, timings, n_shared)
         return Prompt(timings, sum(map(len, segments)), _n_image_rows(segments), cached, state)
 
     def look(self, messages: list[Message], timings: Timings) -> list[Picture]:
-        """The messages' pictures; those of a conversation have been looked at."""
-        images = chat_messages.images_of(messages)
-        return [image if isinstance(image, Picture) else self.eyes().look(image, timings) for image in images]
+        """The messages' pictures; those of a conversation have been looked at.
+
+        Of several encoded pictures the pixels are not kept, but decoded again when their turn comes: twelve megapixels
+        take 48 MB each.
+        """
+        pictures: list[Picture] = []
+        for image in chat_messages.images_of(messages):
+            pictures.append(image if isinstance(image, Picture) else self.eyes().look(image, timings))
+            if len(pictures) > 1:
+                pictures[-1].image_HWC = None
+        return pictures
 
     def plan(
         self, messages: list[Message], layouts: Sequence[ImageLayout], tools: Sequence[Mapping[str, Any]] = ()
@@ -97,19 +106,20 @@ class Reader:
             )
 
     def _prefill(
-        self, segments: Plan, pictures: Sequence[Picture], timings: Timings
-    ) -> tuple[int, tuple[list[Position], bytes] | None]:
-        """Decode what the context does not hold already.
+        self, segments: Plan, pictures: Sequence[Picture], timings: Timings, n_shared: int
+    ) -> tuple[int, tuple[list[Position], memoryview] | None]:
+        """Decode what the context does not hold already; the state behind the first `n_shared` positions is to be kept.
 
         Returns:
             How many positions it held, and what to keep on disk: positions, and the decoder's state behind them.
         """
         wanted = positions(segments, [picture.key for picture in pictures])
         cached = self._decoder.begin(wanted)
-        n_shared = _end_of_images(segments) if self._kept and self._identity else 0
         if cached < n_shared and self._restore(wanted[:n_shared]):
             cached = self._decoder.begin(wanted)
         left = skip(segments, cached)
+        for picture in pictures if not any(isinstance(segment, PlannedImage) for segment in left) else ():
+            picture.image_HWC = None
         embeds = embeds_of(self.eyes, left, pictures, timings)
         if self._decoder.n_past < cached:  # what it held was given up to make room for the encoder
             cached, left = 0, list(segments)
@@ -168,7 +178,15 @@ def _n_image_rows(segments: Plan) -> int:
     return sum(len(segment) for segment in segments if isinstance(segment, PlannedImage))
 
 
-def _end_of_images(segments: Plan) -> int:
-    """Positions up to the end of the last picture; what can be shared by all questions about these pictures."""
-    ends = [n + 1 for n, segment in enumerate(segments) if isinstance(segment, PlannedImage)]
+def _n_opening(messages: list[Message]) -> int:
+    """How many pictures open the conversation: before any word but the system's, so that what is kept of them tells
+    nothing that was said."""
+    first = next((message for message in messages if message["role"] != "system"), None)
+    parts = first["content"] if first is not None and isinstance(first["content"], list) else []
+    return next((n for n, part in enumerate(parts) if part["type"] != "image"), len(parts))
+
+
+def _end_of_images(segments: Plan, n_images: int) -> int:
+    """Positions up to the end of the first pictures; what all questions about them share."""
+    ends = [n + 1 for n, one in enumerate(segments) if isinstance(one, PlannedImage) and one.index < n_images]
     return sum(map(len, segments[: ends[-1]])) if ends else 0

@@ -76,8 +76,8 @@ def require_free(path: Path, needed: int) -> None:
         )
 
 
-def atomic_write(path: Path, content: bytes, *, mode: int = 0o666) -> None:
-    """Replace `path` by a file with this content: a reader sees the old content or the new, never a part.
+def atomic_write(path: Path, *content: bytes | memoryview, mode: int = 0o666) -> None:
+    """Replace `path` by a file with these contents, one after the other; a reader sees the old file or the new.
 
     `mode` holds the permissions that the umask may take away from.
 
@@ -85,10 +85,10 @@ def atomic_write(path: Path, content: bytes, *, mode: int = 0o666) -> None:
         StorageError: nothing was changed, unless the flush of the folder itself failed.
     """
     temporary = _temporary_name(path)
-    with storage_errors(path, needed=len(content)):
+    with storage_errors(path, needed=sum(map(len, content))):
         try:
             with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
-                file.write(content)
+                file.writelines(content)
                 file.flush()
                 _flush(file.fileno())
             os.replace(temporary, path)

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Generator, Iterator
 
 from edgevlm.answer import Answer
+from edgevlm.errors import UsageError
 
 
 class Stream:
@@ -27,10 +28,15 @@ class Stream:
         return self
 
     def finish(self) -> Answer:
-        """Draw what is left, and return the answer."""
+        """Draw what is left, and return the answer.
+
+        Raises:
+            UsageError: it was closed, or failed, before its end.
+        """
         for _ in self:
             pass
-        assert self.answer is not None
+        if self.answer is None:
+            raise UsageError("there is no answer: it was left before its end, or failed")
         return self.answer
 
     def cancel(self) -> None:

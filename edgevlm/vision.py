@@ -154,9 +154,12 @@ class Vision:
             FileError, ImageError: as `load_image` does.
             UsageError: the budget has fewer tokens than the picture has tiles.
         """
+        import numpy as np
+
         with timings.measure("decode_image_s"):
             if not isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
-                image_HWC = load_image(source)
+                # A copy: a camera's next frame goes into the same memory, before this one is encoded.
+                image_HWC = np.array(load_image(source))
                 return Picture(image_HWC, *self._known(image_HWC))
             content, name = read_image(source)
             seen = hashlib.blake2b(content, digest_size=_DIGEST_BYTES).hexdigest()

@@ -170,6 +170,7 @@ class Run:
         peak: Most resident at once (VmHWM): own memory and pages of mapped files.
         own: Most of its own memory (RssAnon), seen every 10 ms.
         mapped: Most pages of mapped files (RssFile), seen every 10 ms; the system may drop them.
+        first_s: Until it printed something that can be seen; None if it never did.
     """
 
     seconds: float
@@ -177,14 +178,24 @@ class Run:
     peak: int
     own: int
     mapped: int
+    first_s: float | None = None
 
 
 def measure(command: list[str]) -> Run:
     """Run a command that must succeed."""
     begin = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         seen = {"VmHWM": 0, "RssAnon": 0, "RssFile": 0}
+        first: list[float] = []
         done = threading.Event()
+        assert process.stdout is not None
+        assert process.stderr is not None
+        output = process.stdout.fileno()
+
+        def listen() -> None:
+            while piece := os.read(output, 1 << 16):
+                if piece.strip() and not first:
+                    first.append(time.perf_counter() - begin)
 
         def watch() -> None:
             while not done.wait(_SAMPLE_S):
@@ -196,18 +207,20 @@ def measure(command: list[str]) -> Run:
                     found = status.partition(f"{name}:")[2].split()
                     seen[name] = max(seen[name], int(found[0]) * 1024 if found else 0)
 
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        assert process.stderr is not None
+        threads = [threading.Thread(target=target) for target in (watch, listen)]
+        for thread in threads:
+            thread.start()
         said = process.stderr.read()
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
+        seconds = time.perf_counter() - begin
         done.set()
-        watcher.join()
+        for thread in threads:
+            thread.join()
     if process.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{said.decode()[-2000:]}")
-    seconds = time.perf_counter() - begin
-    return Run(seconds, usage.ru_utime + usage.ru_stime, seen["VmHWM"], seen["RssAnon"], seen["RssFile"])
+        raise SystemExit(f"{' '.join(command)} failed:\n{said.decode(errors='replace')[-2000:]}")
+    cpu_s = usage.ru_utime + usage.ru_stime
+    return Run(seconds, cpu_s, seen["VmHWM"], seen["RssAnon"], seen["RssFile"], first[0] if first else None)
 
 
 def ours(checkpoint: Path, work: Path, *options: str) -> dict[str, Run]:

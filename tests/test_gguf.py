@@ -175,3 +175,49 @@ def test_not_a_regular_file(tmp_path: Path) -> None:
     thread.start()
     thread.join(5)
     assert done == ["file.not_regular"], "reading a FIFO must not wait for a writer"
+
+
+#: The reader looks at the file through windows of a megabyte; of these texts 40,000 fill several, and end anywhere.
+_WINDOW_BYTES = 1 << 20
+
+
+def _many_texts() -> list[str]:
+    draw = random.Random(5)
+    texts = [f"{number} {'é' * draw.randrange(60)}" for number in range(40_000)]
+    # a window that ends inside a length, one that ends inside a text, and texts larger than a window
+    return [*texts, "a" * (_WINDOW_BYTES + 3), *(f"{number} after" for number in range(5)), "b" * (2 * _WINDOW_BYTES)]
+
+
+@pytest.mark.parametrize("lead", range(8))
+def test_reads_texts_across_windows(lead: int, tmp_path: Path) -> None:
+    texts, merges = _many_texts(), [f"x{number} y" for number in range(80_000)]
+    data = build({
+        "general.name": (STR, "n" * lead), **VALID, "tokenizer.ggml.merges": (ARR, STR, merges),
+        "tokenizer.ggml.tokens": (ARR, STR, texts), "tokenizer.ggml.token_type": (ARR, I32, [1] * len(texts)),
+        "tokenizer.ggml.unknown_token_id": (U32, 7),
+    })  # fmt: skip
+    header = read_header(write(tmp_path, data))
+    assert header.metadata["tokenizer.ggml.tokens"] == texts
+    assert header.metadata["tokenizer.ggml.merges"] is None
+    assert header.metadata["tokenizer.ggml.unknown_token_id"] == 7
+    start, end = header.places["tokenizer.ggml.merges"]
+    assert end - start == 8 + len("tokenizer.ggml.merges") + 4 + 4 + 8 + sum(8 + len(merge) for merge in merges)
+
+
+@pytest.mark.parametrize("cut", [0.3, 0.6, 0.9])
+def test_refuses_texts_that_end_beyond_a_window(cut: float, tmp_path: Path) -> None:
+    data = build({**VALID, "tokenizer.ggml.merges": (ARR, STR, _many_texts())})
+    with pytest.raises(GGUFError) as caught:
+        read_header(write(tmp_path, data[: int(cut * len(data))]))
+    assert caught.value.code == "gguf.truncated"
+
+
+@pytest.mark.parametrize("number", [0, 20_000, 39_999])
+def test_refuses_a_text_that_is_too_long(number: int, tmp_path: Path) -> None:
+    texts = _many_texts()[:40_000]
+    data = bytearray(build({**VALID, "tokenizer.ggml.merges": (ARR, STR, texts)}))
+    raw = texts[number].encode()
+    place = data.index(len(raw).to_bytes(8, "little") + raw)
+    data[place : place + 8] = (1 << 40).to_bytes(8, "little")
+    with pytest.raises(GGUFError, match="a string of 1099511627776 bytes"):
+        read_header(write(tmp_path, bytes(data)))

@@ -141,7 +141,13 @@ def test_a_long_conversation_in_words_is_that_of_a_fresh_run(smollm2: Path) -> N
     with edgevlm.load(smollm2, context=1024) as model, edgevlm.load(smollm2, context=1024) as fresh:
         chat = model.chat(system="You are a teacher.")
         n_cached = []
-        for question in ("What is water made of?", "And why is the sky blue?", "Name three colours.", "Why those?"):
+        for question in (
+            "What is water made of?",
+            "And why is the sky blue?",
+            "Name three colours.",
+            "Why those?",
+            "Go on.",
+        ):
             before = list(chat.messages)
             answer = chat.ask(question, max_tokens=90)
             fresh._decoder.reset()

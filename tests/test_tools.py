@@ -235,7 +235,7 @@ def test_calls_of_messages_that_are_none(calls: Any) -> None:
 def test_an_answer_that_is_a_call() -> None:
     wanted = {"const": {"name": "clock", "arguments": {"zone": "UTC"}}}
     with load(threads=1, context=1024) as model:
-        model._format = dataclasses.replace(model._format, template=HERMES)
+        model._reader._format = dataclasses.replace(model._reader._format, template=HERMES)
         answer = model.ask("What time is it?", tools=TOOLS, schema=wanted)
         assert answer.finish_reason == "tool_calls"
         assert [(call.name, call.arguments) for call in answer.tool_calls] == [("clock", {"zone": "UTC"})]
