@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from edgevlm.automaton import LEVELS, NEVER, Node, Stack, Trie, Words, bits, follow
+from edgevlm.automaton import LEVELS, MOST_STACKS, NEVER, Node, Stack, Trie, Words, bits, follow
 from edgevlm.scalars import Number, String
 
 
@@ -12,7 +12,7 @@ class Choice(Node):
     """Any of several nodes; they may be filled in later."""
 
     def __init__(self, alternatives: Sequence[Node] = ()) -> None:
-        self.alternatives = list(alternatives)
+        self.alternatives = list(dict.fromkeys(alternatives))
         self.need = NEVER
 
     def update_need(self) -> bool:
@@ -21,9 +21,20 @@ class Choice(Node):
         return changed
 
     def enter(self, level: int, rest: Stack) -> Iterator[Stack]:
-        for node in self.alternatives:
-            if level + node.need <= LEVELS:
+        # Each node once: choices within choices have more paths than can be followed.
+        seen: set[Node] = {self}
+        waiting: list[Node] = self.alternatives[::-1]
+        left = MOST_STACKS
+        while waiting and left:
+            node = waiting.pop()
+            if node in seen or level + node.need > LEVELS:
+                continue
+            seen.add(node)
+            if isinstance(node, Choice):
+                waiting += node.alternatives[::-1]
+            else:
                 yield from node.enter(level, rest)
+                left -= 1
 
 
 class Object(Node):

@@ -6,6 +6,7 @@ import json
 import random
 import re
 import time
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -261,6 +262,8 @@ def test_integers_in_a_range_are_exact(one: int, other: int, value: int) -> None
          "[] [null,null] [,null]"),
         ({"enum": ["1", 1, 12, [1]], "type": ["integer", "string"]}, '"1" 1 12', "[1] 2 123"),
         ({"allOf": [{"const": None}]}, "null", "nul"),
+        ({"type": "integer", "enum": [10**400, 2.5, 3.0]}, f"1{'0' * 400} 3.0", "1 10 2.5"),
+        ({"oneOf": [{"const": True}, {"const": 1}, {"const": "1"}, {"const": [1]}]}, 'true 1 "1" [1]', "[true]"),
         ({"type": "object", "properties": {}, "additionalProperties": False}, "{}", '{"a":1} { }'),
     ],
 )  # fmt: skip
@@ -325,6 +328,24 @@ def nested(levels: int, inner: Any = True) -> Any:
     return inner
 
 
+def recursive(count: int) -> Schema:
+    """Two alternatives that are one object, all of whose members are that object."""
+    members = [f"m{n}" for n in range(count)]
+    node = {"type": "object", "required": members, "properties": {name: {"$ref": "#/$defs/A"} for name in members}}
+    return {"oneOf": [{"$ref": "#/$defs/A"}, {"$ref": "#/$defs/A"}], "$defs": {"A": node}}
+
+
+def intertwined(ones: int, others: int) -> Schema:
+    """Two alternatives whose members lead to every pair of two sets of objects."""
+    definitions = {}
+    for name, count in (("x", ones), ("y", others)):
+        for n in range(count):
+            members = {f"m{k}": {"$ref": f"#/$defs/{name}{(3 * n + 7 * k + 1) % count}"} for k in range(10)}
+            definitions[f"{name}{n}"] = {"type": "object", "required": list(members), "properties": members}
+    return {"oneOf": [{"$ref": "#/$defs/x0"}, {"$ref": "#/$defs/y0"}], "$defs": definitions}
+
+
+PART = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]}
 LOOP: Schema = {"type": "array"}
 LOOP["items"] = LOOP
 
@@ -344,6 +365,14 @@ REFUSED: list[tuple[Any, str, str]] = [
     ({"anyOf": [{"type": "null"}] * 65}, "schema.unsupported", "/anyOf"),
     ({"oneOf": [{"type": "number"}, {"type": "integer"}]}, "schema.unsupported", "/oneOf/1"),
     ({"oneOf": [{"enum": [1, 2]}, {"enum": [2, 3]}]}, "schema.unsupported", "/oneOf/1"),
+    (recursive(10), "schema.unsupported", "/oneOf/1"),
+    (intertwined(270, 269), "schema.unsupported", "/oneOf/1"),
+    ({"oneOf": [{"const": 1}, {"const": 1.0}]}, "schema.unsupported", "/oneOf/1"),
+    ({"oneOf": [{"type": "integer"}, {"const": 10**400}]}, "schema.unsupported", "/oneOf/1"),
+    ({"oneOf": [{"enum": [n * (2**61 - 1) for n in range(9_000)]}] * 2}, "schema.unsupported", "/oneOf/1"),
+    ({"oneOf": [PART, {**PART, "required": [["a"]]}]}, "schema.invalid", "/oneOf/1/required"),
+    ({"oneOf": [PART, {**PART, "properties": ["a"]}]}, "schema.invalid", "/oneOf/1/properties"),
+    ({"const": MappingProxyType({"a": 1})}, "schema.invalid", "/const"),
     ({"type": "object", "required": ["a"]}, "schema.unsupported", "/required"),
     ({"properties": {"a": {}}, "additionalProperties": {"const": 1}}, "schema.unsupported", "/additionalProperties"),
     ({"minimum": 1}, "schema.unsupported", "/type"),
@@ -412,3 +441,34 @@ def test_large_schemas_within_the_limits_compile_quickly() -> None:
     assert accepts(Format({"type": "string", "maxLength": 10**9}).start(), b'"' + b"a" * 1000 + b'"')
     assert accepts(Format({"enum": list(range(5000))}).start(), b"4999")
     assert time.perf_counter() - started < 5
+
+
+def test_one_of_many_large_objects_may_be_told_apart_by_its_last_member() -> None:
+    names, digit = [f"m{n}" for n in range(50)], {"type": "integer"}
+    kinds = [
+        {"type": "object", "required": [*names, "kind"], "properties": {**dict.fromkeys(names, digit), "kind": tag}}
+        for tag in ({"const": f"k{n}"} for n in range(64))
+    ]
+    started = time.perf_counter()
+    state = Format({"oneOf": kinds}).start()
+    assert time.perf_counter() - started < 2
+    for kind in ("k0", "k63"):
+        assert accepts(state, json.dumps({**dict.fromkeys(names, 1), "kind": kind}).encode())
+    assert not accepts(state, json.dumps({**dict.fromkeys(names, 1), "kind": "k64"}).encode())
+
+
+def test_choices_within_choices_are_followed_once_each() -> None:
+    same = {f"d{n}": {"anyOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 64} for n in range(4)}
+    crossed = {
+        f"d{n}x{k}": {"anyOf": [{"$ref": f"#/$defs/d{n + 1}x{other}"} for other in range(20)]}
+        for n in range(6)
+        for k in range(20)
+    }
+    crossed |= {f"d6x{k}": {"type": "array", "items": {"const": k}} for k in range(20)}
+    started = time.perf_counter()
+    state = Format({"$ref": "#/$defs/d0", "$defs": {**same, "d4": {"type": "string"}}}).start()
+    assert accepts(state, b'"a"')
+    state = Format({"$ref": "#/$defs/d0x0", "$defs": crossed}).start()
+    assert [k for k in range(30) if accepts(state, b"[%d, %d]" % (k, k))] == list(range(20))
+    assert not accepts(state, b"[1, 2]")  # each alternative is still one of its own
+    assert time.perf_counter() - started < 2
