@@ -130,8 +130,9 @@ class Sampler:
         import numpy as np
 
         options = self._options
-        # The maximum is taken off before the division, so that no temperature overflows.
-        weights_V = np.exp((logits_V.astype(np.float64) - best) / options.temperature)
+        # The maximum is taken off before the division: what overflows is below it, and its weight is 0.
+        with np.errstate(over="ignore"):
+            weights_V = np.exp((logits_V.astype(np.float64) - best) / options.temperature)
         total = float(weights_V.sum())
         candidates = np.arange(len(logits_V))
         if 0 < options.top_k < len(candidates):

@@ -38,6 +38,15 @@ def test_temperature() -> None:
     assert np.abs(frequencies(temperature=2.0) - [0.5, 0.3, 0.15, 0.05]).max() > TOLERANCE
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("temperature", [5e-324, 1e-308, 1e-300])
+def test_the_smallest_temperatures_are_greedy(temperature: float) -> None:
+    for more in ({}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}):
+        assert frequencies(temperature=temperature, **more)[0] == 1
+    sampler = Sampler(GenerateOptions(temperature=temperature, seed=1), banned=[0])
+    assert sampler.sample(LOGITS.copy()) == 1  # the banned one is at minus infinity
+
+
 def test_top_k() -> None:
     np.testing.assert_allclose(frequencies(temperature=1.0, top_k=2), [0.625, 0.375, 0, 0], atol=TOLERANCE)
     assert frequencies(temperature=5.0, top_k=1)[0] == 1
