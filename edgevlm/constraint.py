@@ -35,6 +35,11 @@ class Constraint:
         """Whether the document is whole and cannot go on."""
         return not self._state.next_bytes
 
+    @property
+    def may_end(self) -> bool:
+        """Whether the document is whole, even if it can go on: 12 may become 123."""
+        return self._state.may_end
+
     def take(self, piece: bytes) -> None:
         """Go on by the bytes of a token that was allowed."""
         following = self._state.advance(piece)

@@ -73,6 +73,11 @@ class Generation:
         """The rate after the first token, which prefill has paid for; 0 for a single token."""
         return (len(self.tokens) - self._n_first) / self.seconds if self.seconds > 0 else 0.0
 
+    @property
+    def whole(self) -> bool:
+        """Whether the answer is a whole document of the schema; False without one."""
+        return self._constraint is not None and self._constraint.may_end
+
     def __iter__(self) -> Iterator[str]:
         while not self._ended:
             if self._cancelled.is_set():

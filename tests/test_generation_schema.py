@@ -107,6 +107,12 @@ def test_a_cut_document_is_marked_as_cut(panel: Model) -> None:
     assert whole.warnings == ()
 
 
+def test_a_document_that_is_whole_where_it_is_cut_has_data(panel: Model) -> None:
+    cut = panel.ask(QUESTION, schema={"type": "integer"}, max_tokens=1)
+    assert cut.finish_reason == "length"
+    assert (cut.data, cut.warnings) == (int(cut.text), ())
+
+
 def test_a_full_context_cuts_as_well() -> None:
     with load(context=48, threads=1) as model:
         answer = model.ask(QUESTION, schema={"type": "array", "items": RECORD, "minItems": 9}, max_tokens=None)
@@ -257,6 +263,7 @@ def test_cancelling_from_another_thread_ends_within_a_token(smol: Model) -> None
     timer.join()
     assert stream.answer is not None
     assert stream.answer.finish_reason == "cancelled"
+    assert (stream.answer.data, stream.answer.warnings) == (None, ())  # whoever cancels wants no more tokens
     assert stream.answer.text.endswith(text)
     assert smol._decoder.n_past - n_then[0] <= 1  # the token that was being decoded
 
