@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from edgevlm.cli.output import inputs, print_result, schema_text, write
+from edgevlm.errors import UsageError
 
 if TYPE_CHECKING:
     from edgevlm.answer import Answer
@@ -41,6 +42,16 @@ State = Annotated[
         metavar="FOLDER",
         envvar="EDGEVLM_STATE",
         help="Keep there what was computed of pictures, for the next time. [default: nothing is kept]",
+    ),
+]
+
+
+Guesses = Annotated[
+    int,
+    typer.Option(
+        "--lookup",
+        metavar="N",
+        help="Guess N tokens ahead, from the prompt; beyond 256 positions only with --threads decode=1.",
     ),
 ]
 
@@ -78,13 +89,15 @@ def ask(
     schema: Annotated[
         Path | None, typer.Option("--schema", metavar="FILE", help="Answer in JSON of this schema.")
     ] = None,
-    lookup: Annotated[int, typer.Option("--lookup", metavar="N", help="Guess N tokens ahead, from the prompt.")] = 0,
+    lookup: Guesses = 0,
     context: Context = None,
     threads: ThreadCounts = None,
     ram_budget: RamBudget = None,
     choices: Annotated[
         str | None,
-        typer.Option("--choices", metavar="A,B,...", help="Answer with the likeliest of these texts."),
+        typer.Option(
+            "--choices", metavar="A,B,...", help="Answer with the likeliest of these texts; nothing is drawn."
+        ),
     ] = None,
     state: State = None,
     image_tokens: Annotated[
@@ -111,6 +124,20 @@ def ask(
     from edgevlm.messages import marked
     from edgevlm.threads import parse_threads
 
+    options: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "stop": tuple(stop or ()),
+        "schema": schema,
+        "lookup": lookup,
+    }
+    if choices is not None:
+        _check_beside_choices(options)
     question, images = inputs(prompt, image or [])
     parts = marked(question, images)
     with load(
@@ -124,25 +151,23 @@ def ask(
         if choices is not None:
             _report(loaded.pick(parts, choices.split(","), system=system), json_output, streamed=False)
             return
-        stream = loaded.stream(
-            parts,
-            system=system,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            stop=tuple(stop or ()),
-            schema=schema_text(schema),
-            lookup=lookup,
-        )
+        stream = loaded.stream(parts, system=system, **{**options, "schema": schema_text(schema)})
         for piece in stream:
             if not json_output:
                 write(piece)
         answer = stream.finish()
     _report(answer, json_output, streamed=True)
+
+
+def _check_beside_choices(options: dict[str, Any]) -> None:
+    """Refuse what `--choices` would silently ignore."""
+    from edgevlm.options import GenerateOptions
+
+    defaults = GenerateOptions()
+    for name, value in options.items():
+        if value != getattr(defaults, name):
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{option} was given with --choices, which draws nothing; leave {option} out")
 
 
 def _report(answer: Answer, json_output: bool, *, streamed: bool) -> None:
