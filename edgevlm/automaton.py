@@ -104,6 +104,10 @@ class State:
         stacks: list[Stack] = []
         for node, place, level, rest in self.stacks:
             stacks += node.step(place, byte, level, rest)
+            if len(stacks) > MOST_STACKS:
+                stacks = list(dict.fromkeys(stacks))
+                if len(stacks) > MOST_STACKS:  # what else there is would be given up
+                    break
         following = State(stacks)
         # Inside a text most bytes lead back to where they came from: remembered, they cost next to nothing.
         if following.stacks == self.stacks and following.may_end == self.may_end:
