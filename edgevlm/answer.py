@@ -93,7 +93,8 @@ class Answer:
     """A finished answer. `finish_reason` is `length` if `max_tokens` or a full context cut it, `cancelled` if the
     caller did, `tool_calls` if it consists of these, else `stop`. `text` is what the model wrote in any case.
 
-    `data` is the document that a schema asked for, parsed; None without a schema, and if the answer was cut.
+    `data` is the document that a schema asked for, parsed; None without a schema, and if the answer was cut
+    before it was whole.
     `logprobs`, if they were asked for, has an entry for each token that was drawn, the one that ended the answer
     included.
 

@@ -20,7 +20,7 @@ from typing import Any
 #: Arrays and objects that may be open at once.
 LEVELS = 64
 #: Alternatives that are followed at once; beyond, the last ones are given up, which no sensible schema meets.
-_MOST_STACKS = 256
+MOST_STACKS = 256
 _MOST_FORCED = 1 << 16
 #: `need` of a node that no document satisfies.
 NEVER = LEVELS + 1
@@ -85,7 +85,7 @@ class State:
     def __init__(self, stacks: Sequence[Stack]) -> None:
         distinct = dict.fromkeys(stacks) if len(stacks) > 1 else stacks
         self.may_end = None in distinct
-        self.stacks: tuple[Frame, ...] = tuple(stack for stack in distinct if stack is not None)[:_MOST_STACKS]
+        self.stacks: tuple[Frame, ...] = tuple(stack for stack in distinct if stack is not None)[:MOST_STACKS]
         self.next_bytes = 0
         for node, place, _, _ in self.stacks:
             self.next_bytes |= node.mask(place)
@@ -104,6 +104,10 @@ class State:
         stacks: list[Stack] = []
         for node, place, level, rest in self.stacks:
             stacks += node.step(place, byte, level, rest)
+            if len(stacks) > MOST_STACKS:
+                stacks = list(dict.fromkeys(stacks))
+                if len(stacks) > MOST_STACKS:  # what else there is would be given up
+                    break
         following = State(stacks)
         # Inside a text most bytes lead back to where they came from: remembered, they cost next to nothing.
         if following.stacks == self.stacks and following.may_end == self.may_end:

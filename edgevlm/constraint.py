@@ -36,8 +36,8 @@ class Constraint:
         return not self._state.next_bytes
 
     @property
-    def whole(self) -> bool:
-        """Whether the document may end here."""
+    def may_end(self) -> bool:
+        """Whether the document is whole, even if it can go on: 12 may become 123."""
         return self._state.may_end
 
     def take(self, piece: bytes) -> None:

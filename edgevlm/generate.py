@@ -75,8 +75,8 @@ class Generation:
 
     @property
     def whole(self) -> bool:
-        """Whether the text is a document of the schema; also one that might have gone on, such as a number."""
-        return self._constraint is not None and self._constraint.whole
+        """Whether the answer is a whole document of the schema; False without one."""
+        return self._constraint is not None and self._constraint.may_end
 
     def __iter__(self) -> Iterator[str]:
         while not self._ended:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from edgevlm.automaton import LEVELS, NEVER, Node, Stack, Trie, Words, bits, follow
+from edgevlm.automaton import LEVELS, MOST_STACKS, NEVER, Node, Stack, Trie, Words, bits, follow
 from edgevlm.scalars import Number, String
 
 
@@ -12,9 +12,8 @@ class Choice(Node):
     """Any of several nodes; they may be filled in later."""
 
     def __init__(self, alternatives: Sequence[Node] = ()) -> None:
-        self.alternatives = list(alternatives)
+        self.alternatives = list(dict.fromkeys(alternatives))
         self.need = NEVER
-        self._leaves: list[Node] | None = None
 
     def update_need(self) -> bool:
         need = min((node.need for node in self.alternatives), default=NEVER)
@@ -22,26 +21,20 @@ class Choice(Node):
         return changed
 
     def enter(self, level: int, rest: Stack) -> Iterator[Stack]:
-        if self._leaves is None:
-            self._leaves = self._flat()
-        for node in self._leaves:
-            if level + node.need <= LEVELS:
-                yield from node.enter(level, rest)
-
-    def _flat(self) -> list[Node]:
-        """What is no choice, each once: the paths to it through choices of choices may be without number."""
-        leaves: dict[Node, None] = {}
+        # Each node once: choices within choices have more paths than can be followed.
         seen: set[Node] = {self}
-        waiting: list[Node] = [self]
-        while waiting:
+        waiting: list[Node] = self.alternatives[::-1]
+        left = MOST_STACKS
+        while waiting and left:
             node = waiting.pop()
-            if not isinstance(node, Choice):
-                leaves[node] = None
+            if node in seen or level + node.need > LEVELS:
                 continue
-            fresh = [child for child in dict.fromkeys(node.alternatives) if child not in seen]
-            seen.update(fresh)
-            waiting += reversed(fresh)
-        return list(leaves)
+            seen.add(node)
+            if isinstance(node, Choice):
+                waiting += node.alternatives[::-1]
+            else:
+                yield from node.enter(level, rest)
+                left -= 1
 
 
 class Object(Node):

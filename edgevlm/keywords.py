@@ -11,7 +11,7 @@ from edgevlm.errors import SchemaError
 #: Choices within choices and references to references that are followed, without an array or object between.
 LONGEST_CHAIN = 32
 #: Members that are compared for all `oneOf` of a schema together.
-_MOST_COMPARED = 100_000
+_MOST_COMPARED = 150_000
 BOUNDS = frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"})
 #: Type -> the keywords that go with it.
 OF_TYPE: dict[str, frozenset[str]] = {
@@ -122,11 +122,15 @@ class Comparison:
         both = one.kinds & other.kinds
         if both != {"object"} or one.values is not None or other.values is not None:
             return not both
-        shared = [name for name in one.members if name in other.members]
-        self._n_compared += 1 + len(shared)
-        if self._n_compared > _MOST_COMPARED:
-            refuse(pointer, f"more than {_MOST_COMPARED} members would have to be compared; use `anyOf`")
-        return any(self.disjoint(one.members[name], other.members[name], pointer, depth + 1) for name in shared)
+        for name in min(one.members, other.members, key=len):
+            self._n_compared += 1
+            if self._n_compared > _MOST_COMPARED:
+                refuse(pointer, f"more than {_MOST_COMPARED} members would have to be compared; use `anyOf`")
+            if name not in one.members or name not in other.members:
+                continue
+            if self.disjoint(one.members[name], other.members[name], pointer, depth + 1):
+                return True
+        return False
 
     def _of(self, schema: Json) -> _Facts:
         if id(schema) not in self._facts:
@@ -177,5 +181,8 @@ def _key(value: Json) -> Hashable:
     if isinstance(value, Mapping):
         return frozenset((name, _key(child)) for name, child in value.items())
     if isinstance(value, (list, tuple)):
-        return ("", *map(_key, value))
-    return (value,) if not isinstance(value, bool) else value
+        return tuple(map(_key, value))
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        # as text: the hashes of numbers are known, and many numbers of one hash would take quadratic time
+        return ("", str(int(value)) if is_type("integer", value) else repr(value))
+    return value if isinstance(value, bool) else (value,)

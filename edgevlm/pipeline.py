@@ -250,6 +250,7 @@ class Model:
         timings.generate_s = generation.seconds
         timings.tokens_per_s = generation.tokens_per_s
         text, reason = "".join(pieces), generation.finish_reason
+        whole = generation.whole and reason != "cancelled"
         calls = parse_calls(text, options.tools) if options.tools and reason == "stop" else ()
         return self._answer(
             prompt,
@@ -257,10 +258,10 @@ class Model:
             "tool_calls" if calls else reason,
             completion_tokens=len(generation.tokens),
             forced_tokens=generation.forced,
-            data=json.loads(text) if generation.whole else None,
+            data=json.loads(text) if whole else None,
             tool_calls=calls,
             dropped_turns=dropped_turns,
-            warnings=(_CUT,) if options.format and reason == "length" and not generation.whole else (),
+            warnings=(_CUT,) if options.format and reason == "length" and not whole else (),
             logprobs=None if options.logprobs is None else tuple(generation.logprobs),
         )
 

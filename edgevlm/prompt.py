@@ -104,13 +104,13 @@ def render(messages: list[Message], form: PromptFormat, tools: Sequence[Mapping[
     shielded = [shield.message(message) for message in messages]
     if form.between_parts is not None:
         shielded = [{**message, "content": _joined(message, form)} for message in shielded]
-    if _ignores_strings(form.template, form.bos, form.eos):
+    parts_only = _ignores_strings(form.template, form.bos, form.eos)
+    if parts_only:
         shielded = [{**message, "content": _parts(message)} for message in shielded]
     offered = [shield.hidden(tool) for tool in tools] or None
-    takes_tools = _takes_tools(form.template, form.bos, form.eos) if offered else None
     try:
         rendered = render_template(form.template, shielded, bos=form.bos, eos=form.eos, tools=offered)
-        if offered and (takes_tools is False or not _prints(rendered, tools)):
+        if offered and not (_prints(rendered, tools) and _takes_tools(form.template, form.bos, form.eos, parts_only)):
             raise CapabilityError(
                 "the model's chat template has no place for tools; describe them in the prompt, or use another model",
                 code="capability.no_tools",
@@ -132,29 +132,30 @@ def render(messages: list[Message], form: PromptFormat, tools: Sequence[Mapping[
     return pieces
 
 
-@functools.lru_cache(maxsize=8)
-def _takes_tools(template: str, bos: str, eos: str) -> bool | None:
-    """Whether a template prints tools; None if it fails on one that it is shown.
-
-    Names of real tools may be in the prompt anyway, in a question such as "use the clock".
-    """
-    name = f"probe_{secrets.token_hex(8)}"
-    tool = {
-        "type": "function",
-        "function": {"name": name, "description": "", "parameters": {"type": "object", "properties": {}}},
-    }
-    word = "edgevlm"
-    content = [{"type": "text", "text": word}] if _ignores_strings(template, bos, eos) else word
-    try:
-        rendered = render_template(template, [{"role": "user", "content": content}], bos=bos, eos=eos, tools=[tool])
-    except Exception:  # as below
-        return None
-    return name in rendered
-
-
 def _prints(rendered: str, tools: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether each tool's name is in the prompt; names have no character that a template would write otherwise."""
+    """Whether each tool's name is in the prompt; names have no character that a template would write otherwise.
+
+    The conversation may hold it as well, so this alone does not tell that the template printed it.
+    """
     return all(tool["function"]["name"] in rendered for tool in tools)
+
+
+@functools.lru_cache(maxsize=8)
+def _takes_tools(template: str, bos: str, eos: str, parts_only: bool) -> bool:
+    """Whether a template prints the tools, seen by a name that stands nowhere else; some do beside a system message."""
+    name, word = f"tool_{secrets.token_hex(8)}", "edgevlm"
+    schema = {"type": "object", "properties": {"a": {"type": "string", "description": word}}, "required": ["a"]}
+    tool = {"type": "function", "function": {"name": name, "description": word, "parameters": schema}}
+    content = [{"type": "text", "text": word}] if parts_only else word
+    messages = [{"role": role, "content": content} for role in ("system", "user")]
+
+    def printed(conversation: list[Message]) -> bool:
+        try:
+            return name in render_template(template, conversation, bos=bos, eos=eos, tools=[tool])
+        except Exception:  # whatever the template's own code provokes: some take no system message
+            return False
+
+    return printed(messages[1:]) or printed(messages)
 
 
 @functools.lru_cache(maxsize=8)

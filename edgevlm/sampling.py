@@ -130,7 +130,7 @@ class Sampler:
         import numpy as np
 
         options = self._options
-        # The maximum is taken off before the division: what overflows is -inf, and its weight 0, as it should be.
+        # The maximum is taken off before the division: what overflows is below it, and its weight is 0.
         with np.errstate(over="ignore"):
             weights_V = np.exp((logits_V.astype(np.float64) - best) / options.temperature)
         total = float(weights_V.sum())

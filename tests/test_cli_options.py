@@ -10,6 +10,7 @@ import pytest
 import edgevlm
 from edgevlm.cli import main
 from edgevlm.errors import EdgeVLMError, UsageError
+from edgevlm.held import ALONE_DIFFERS
 
 NUMBERS = ["-1", "0", str(10**30), "-" + "9" * 50, "nan", "inf", "1e400", "", "abc", "٣", "1.5", "0x10", "\u2212 1"]
 OPTIONS = [
@@ -36,6 +37,38 @@ def test_a_number_that_is_none_is_a_line_and_exit_code_2(option, monkeypatch, ca
         assert "Traceback" not in captured.err
         assert stop.value.code == 2, (number, captured.err)
         assert len(captured.err) < 400
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--max-tokens=5", "--max-tokens=-3", "--temperature=0.7", "--temperature=nan", "--top-p=0.5", "--top-k=-1",
+     "--min-p=0.1", "--repetition-penalty=1.1", "--seed=0", "--stop=x", "--schema=nowhere.json", "--lookup=4"],
+)  # fmt: skip
+def test_choices_refuse_what_they_would_ignore(option: str, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["edgevlm", "ask", "Which?", "--choices=yes,no", option, "-i", "nowhere.png"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert f"{option.partition('=')[0]} was given with --choices" in capsys.readouterr().err
+
+
+def test_choices_take_generation_options_that_say_nothing(monkeypatch, capsys) -> None:
+    said = ["--max-tokens=256", "--temperature=0", "--top-p=1.0", "--lookup=0", "--system=Be brief."]
+    monkeypatch.setattr(sys, "argv", ["edgevlm", "ask", "Is it on?", "--choices=yes,no", "--threads=1", *said])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.splitlines()[0].split("\t")[0] in ("yes", "no")
+
+
+def test_the_limit_of_lookup_is_said_where_it_is_asked_for(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["edgevlm", "ask", "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    shown = " ".join(capsys.readouterr().out.split())
+    for text in (shown[shown.index("--lookup") :][:160], edgevlm.GenerateOptions.__doc__.partition("lookup:")[2]):
+        assert f"beyond {ALONE_DIFFERS} positions" in text.lower()
+        assert "decode" in text
 
 
 #: A loop and no parameters: pytest cannot write out numbers of five thousand digits.
@@ -90,18 +123,3 @@ def test_texts_that_are_no_texts(prompt: str) -> None:
             with pytest.raises(EdgeVLMError):
                 ask()
         assert model.ask("Which lamps are on?", max_tokens=2).text is not None
-
-
-@pytest.mark.parametrize("option", ["--max-tokens=5", "--temperature=0", "--top-k=-3", "--seed=1", "--stop=x"])
-def test_choices_draw_nothing(option, monkeypatch, capsys) -> None:
-    asked = ["edgevlm", "ask", "Is the red lamp on?", "--choices", "yes,no"]
-    monkeypatch.setattr(sys, "argv", [*asked, option])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert stop.value.code == 2
-    assert option.split("=")[0] in capsys.readouterr().err
-    monkeypatch.setattr(sys, "argv", asked)  # the twin
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert stop.value.code == 0
-    assert "yes\t" in capsys.readouterr().out

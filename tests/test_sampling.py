@@ -38,10 +38,13 @@ def test_temperature() -> None:
     assert np.abs(frequencies(temperature=2.0) - [0.5, 0.3, 0.15, 0.05]).max() > TOLERANCE
 
 
-def test_a_temperature_near_nothing_is_greedy() -> None:
-    for temperature in (1e-308, 5e-324):
-        sampler = Sampler(GenerateOptions(temperature=temperature, seed=1))
-        assert sampler.sample(np.array([1.0, 3.0, -2.0, 2.999], np.float32)) == 1
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("temperature", [5e-324, 1e-308, 1e-300])
+def test_the_smallest_temperatures_are_greedy(temperature: float) -> None:
+    for more in ({}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}):
+        assert frequencies(temperature=temperature, **more)[0] == 1
+    sampler = Sampler(GenerateOptions(temperature=temperature, seed=1), banned=[0])
+    assert sampler.sample(LOGITS.copy()) == 1  # the banned one is at minus infinity
 
 
 def test_top_k() -> None:

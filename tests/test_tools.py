@@ -138,13 +138,36 @@ def test_a_template_without_tools_is_said_so() -> None:
     assert caught.value.code == "capability.no_tools"
 
 
-def test_a_tool_s_name_in_the_question_is_no_place_for_tools() -> None:
-    asked = {"role": "user", "content": "use " + " and ".join(tool["function"]["name"] for tool in TOOLS)}
+@pytest.mark.parametrize("printed", ["", "You have the tools clock and get_weather."])
+def test_a_template_without_tools_is_found_out_whatever_the_prompt_says(printed: str) -> None:
+    ignores = printed + "{% for m in messages %}{{ m.content }}{% endfor %}"
+    asked = {"role": "user", "content": "What do get_weather and clock say?"}
+    assert printed in prompt(ignores, [asked])
     with pytest.raises(CapabilityError) as caught:
-        prompt("{% for m in messages %}{{ m.content }}{% endfor %}", [asked], check_tools(TOOLS))
+        prompt(ignores, [asked], check_tools(TOOLS))
     assert caught.value.code == "capability.no_tools"
-    # The twin: a template that prints them.
-    assert "parameters" in prompt(HERMES, [asked], check_tools(TOOLS))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m.content }}"
+        "{% if m.role == 'system' and tools %}{{ tools | tojson }}{% endif %}{% endfor %}",
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system message') }}{% endif %}"
+        "{% for t in tools or [] %}{{ t.function.name }}: {{ t.function.parameters.properties | length }}{% endfor %}"
+        "{% for m in messages %}{{ m.content }}{% endfor %}",
+        "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}"
+        "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}",
+    ],
+    ids=["beside a system message", "without a system message", "parts only"],
+)
+def test_templates_with_tools_of_their_own_conditions_are_taken(template: str) -> None:
+    told = {"role": "system", "content": "Be brief."}
+    messages = [ASKED] if "no system message" in template else [told, ASKED]
+    tools = [WEATHER] if "no system message" in template else TOOLS
+    text = prompt(template, messages, check_tools(tools))
+    assert "get_weather" in text
+    assert "Oslo?" in text
 
 
 def test_fields_that_nobody_knows_do_not_reach_the_template() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,18 +15,6 @@ if TYPE_CHECKING:
     from edgevlm.answer import Answer
 
 
-LookupTokens = Annotated[
-    int,
-    typer.Option(
-        "--lookup",
-        metavar="N",
-        help="Guess N tokens ahead, from what was said; beyond 256 positions only with --threads decode=1.",
-    ),
-]
-Choices = Annotated[
-    str | None,
-    typer.Option("--choices", metavar="A,B,...", help="Answer with the likeliest of these texts."),
-]
 Context = Annotated[
     int | None,
     typer.Option("--context", metavar="N", help="Positions for prompt and answer. [default: up to 4096]"),
@@ -58,14 +46,17 @@ State = Annotated[
 ]
 
 
-#: How an answer is drawn, where one is drawn.
-_OF_DRAWING = (
-    "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop", "schema", "lookup"
-)  # fmt: skip
+Guesses = Annotated[
+    int,
+    typer.Option(
+        "--lookup",
+        metavar="N",
+        help="Guess N tokens ahead, from the prompt; beyond 256 positions only with --threads decode=1.",
+    ),
+]
 
 
 def ask(
-    context_of_call: typer.Context,
     prompt: Annotated[str, typer.Argument(show_default=False, help="The question; `-` reads it from stdin.")],
     image: Annotated[
         list[str] | None,
@@ -98,11 +89,16 @@ def ask(
     schema: Annotated[
         Path | None, typer.Option("--schema", metavar="FILE", help="Answer in JSON of this schema.")
     ] = None,
-    lookup: LookupTokens = 0,
+    lookup: Guesses = 0,
     context: Context = None,
     threads: ThreadCounts = None,
     ram_budget: RamBudget = None,
-    choices: Choices = None,
+    choices: Annotated[
+        str | None,
+        typer.Option(
+            "--choices", metavar="A,B,...", help="Answer with the likeliest of these texts; nothing is drawn."
+        ),
+    ] = None,
     state: State = None,
     image_tokens: Annotated[
         str, typer.Option("--image-tokens", metavar="full|N", help="Most tokens of each picture; fewer answer sooner.")
@@ -128,8 +124,20 @@ def ask(
     from edgevlm.messages import marked
     from edgevlm.threads import parse_threads
 
+    options: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "stop": tuple(stop or ()),
+        "schema": schema,
+        "lookup": lookup,
+    }
     if choices is not None:
-        _check_nothing_is_drawn(context_of_call)
+        _check_beside_choices(options)
     question, images = inputs(prompt, image or [])
     parts = marked(question, images)
     with load(
@@ -143,20 +151,7 @@ def ask(
         if choices is not None:
             _report(loaded.pick(parts, choices.split(","), system=system), json_output, streamed=False)
             return
-        stream = loaded.stream(
-            parts,
-            system=system,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            stop=tuple(stop or ()),
-            schema=schema_text(schema),
-            lookup=lookup,
-        )
+        stream = loaded.stream(parts, system=system, **{**options, "schema": schema_text(schema)})
         for piece in stream:
             if not json_output:
                 write(piece)
@@ -164,13 +159,15 @@ def ask(
     _report(answer, json_output, streamed=True)
 
 
-def _check_nothing_is_drawn(call: typer.Context) -> None:
-    """Beside `--choices` an option of drawing would say nothing; whoever gives it expects something else."""
-    for name in _OF_DRAWING:
-        source = call.get_parameter_source(name)
-        if source is not None and source.name != "DEFAULT":
-            option = "--" + name.replace("_", "-")
-            raise UsageError(f"--choices compares texts and draws none; leave out {option}, or --choices")
+def _check_beside_choices(options: dict[str, Any]) -> None:
+    """Refuse what `--choices` would silently ignore."""
+    from edgevlm.options import GenerateOptions
+
+    defaults = GenerateOptions()
+    for name, value in options.items():
+        if value != getattr(defaults, name):
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{option} was given with --choices, which draws nothing; leave {option} out")
 
 
 def _report(answer: Answer, json_output: bool, *, streamed: bool) -> None:
