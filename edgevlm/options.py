@@ -39,7 +39,8 @@ class GenerateOptions:
             any JSON document, None for free text. docs/generation.md says which keywords are understood.
         lookup: How many tokens to guess ahead from what the prompt and the answer hold already, 0 to 8. It changes the
             time that an answer takes, not the answer. Beyond 256 positions of prompt and answer it guesses only with
-            one decode thread (`threads={"decode": 1}`); with more, a row's bits depend on how many are decoded.
+            one decode thread (`threads={"decode": 1}`); with more, a row's bits depend on how many are decoded. Nor
+            does it guess with weights in floating point or a float32 cache, for the same reason.
         tools: What the model may ask to be called, as `{"type": "function", "function": {"name", "description",
             "parameters"}}`; `Answer.tool_calls` has what it asks for.
 
