@@ -166,10 +166,17 @@ def _check_files(folder: Path, entries: tuple[FileEntry, ...]) -> None:
         except BaseException as error:  # raised below, in the caller's thread
             failures[number] = error
 
-    others = [threading.Thread(target=check, args=(number,)) for number in range(1, len(entries))]
-    for thread in others:
-        thread.start()
-    check(0)
+    others, here = [], [0]
+    for number in range(1, len(entries)):
+        thread = threading.Thread(target=check, args=(number,))
+        try:
+            thread.start()
+        except RuntimeError:  # no room for its stack (`ulimit -v`)
+            here.append(number)
+        else:
+            others.append(thread)
+    for number in here:
+        check(number)
     for thread in others:
         thread.join()
     if failures:
