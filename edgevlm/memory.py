@@ -158,8 +158,8 @@ def holds_scores(graph: Path) -> bool:
 
     The file is looked through for the operator's name: reading a graph takes a library.
     """
-    with open_regular(graph) as (file, _size):
-        return b"MultiHeadAttention" in file.read(_GRAPH_BYTES)
+    with open_regular(graph) as (file, size):
+        return b"MultiHeadAttention" in file.read(min(size, _GRAPH_BYTES))
 
 
 def parse_size(size: str | int | None) -> int | None:
