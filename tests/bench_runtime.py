@@ -287,7 +287,7 @@ def tile_commands(setting: Setting, models: Path, n_tiles: int, photo: Path) -> 
         commands[f"mtmd, {kind}"] = [
             str(setting.path("mtmd")), "-m", str(models / bundle / "decoder.gguf"),
             "--mmproj", str(models / f"{projector}-{kind}.gguf"), "--image", str(photo), "-p", QUESTION,
-            "-n", "1", "-t", threads, "--temp", "0", "-c", str(CONTEXT), "-fa", "on", "--no-warmup",
+            "-n", "1", "-t", threads, "--temp", "0", "-c", str(CONTEXT), "-fa", "on", "--no-warmup", "--jinja",
         ]  # fmt: skip
     return commands
 
